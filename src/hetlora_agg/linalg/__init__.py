@@ -1,0 +1,13 @@
+"""Batched decompositions of products of factors. Knows matrices, no federated-learning words."""
+
+from hetlora_agg.linalg.precision import exact_arithmetic as exact_arithmetic
+from hetlora_agg.linalg.products import component_inner_products as component_inner_products
+from hetlora_agg.linalg.products import component_peaks as component_peaks
+from hetlora_agg.linalg.products import product_norm as product_norm
+from hetlora_agg.linalg.products import squared_norms as squared_norms
+from hetlora_agg.linalg.select import select_driver as select_driver
+from hetlora_agg.linalg.svd import SPLITS as SPLITS
+from hetlora_agg.linalg.svd import SVD as SVD
+from hetlora_agg.linalg.svd import Solve as Solve
+from hetlora_agg.linalg.svd import all_finite as all_finite
+from hetlora_agg.linalg.svd import svd_product as svd_product

@@ -1,0 +1,183 @@
+"""``svd_product``: the leading SVD of ``B @ A`` for a whole batch, never forming it if avoidable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from hetlora_agg.errors import ConvergenceError, InputTypeError, InputValueError
+from hetlora_agg.linalg.drivers import DRIVERS, Solution
+from hetlora_agg.linalg.precision import exact_arithmetic
+from hetlora_agg.linalg.select import select_driver
+
+SPLITS: Mapping[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "balanced": lambda U, S, Vh: (U * S.sqrt().unsqueeze(-2), S.sqrt().unsqueeze(-1) * Vh),
+    "left": lambda U, S, Vh: (U * S.unsqueeze(-2), Vh),
+    "right": lambda U, S, Vh: (U, S.unsqueeze(-1) * Vh),
+}
+"""Where the singular values go: into both factors, into the left, or into the right one."""
+
+WORKSPACE_BYTES = 1 << 29
+"""Float64 working copies of the factors are kept under this many bytes by going through the batch
+in chunks; a single member may exceed it."""
+
+
+@dataclass(frozen=True)
+class Solve:
+    """How one batched SVD was taken: nothing falls back without a word here.
+
+    Attributes:
+        driver: the driver that ran, "gram", "qr" or "dense".
+        norm: Frobenius norm of the whole matrix, ``(*layers,)`` float64.
+        tail: Frobenius norm of what truncation discarded, ``(*layers,)`` float64.
+        fallbacks: ``(batch member, how)`` for members that left the fast path; usually empty.
+    """
+
+    driver: str
+    norm: Tensor
+    tail: Tensor
+    fallbacks: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class SVD:
+    """``U @ diag(S) @ Vh``, the leading triplets of each batch member.
+
+    Attributes:
+        U: ``(*layers, out_features, rank)``, orthonormal columns.
+        S: ``(*layers, rank)``, descending, exact zeros beyond the numerical rank.
+        Vh: ``(*layers, rank, in_features)``, orthonormal rows. Where S is zero, so are the
+            component's U and Vh.
+        solve: driver, norms and fallbacks.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    solve: Solve
+
+
+def svd_product(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "auto") -> SVD:
+    """Leading SVD of ``B @ A`` for every member of a batch.
+
+    Signs are fixed: the entry of largest magnitude in each column of U is positive. float16 and
+    bfloat16 factors are computed and returned in float32; R×R work is float64 throughout.
+
+    Args:
+        B: ``(*layers, out_features, R)``, floating point.
+        A: ``(*layers, R, in_features)``, same dtype, device and leading dimensions.
+        rank: number of triplets; None means ``min(R, out_features, in_features)``.
+        driver: "auto" (see `select_driver`), "gram", "qr" or "dense".
+
+    Returns:
+        An `SVD` with ``rank`` triplets (never more than ``min(R, out_features, in_features)``).
+
+    Raises:
+        InputTypeError: not floating-point tensors, or mixed dtypes or devices.
+        InputValueError: shapes that do not fit, NaN or Inf, a rank below 1, an unknown driver.
+        ConvergenceError: no driver converged, or a singular value leaves the result's dtype.
+
+    Cost: about ``(out + in)(R² + R r)`` multiply-adds and one R×R decomposition per member.
+
+    Example:
+        >>> B, A = torch.eye(4)[:, :2], torch.tensor([[0.0, 3.0, 0.0], [0.0, 0.0, 2.0]])
+        >>> svd_product(B, A, rank=1).S
+        tensor([3.])
+    """
+    _check(B, A, rank, driver)
+    out, R, columns = B.shape[-2], B.shape[-1], A.shape[-1]
+    rank = min(R, out, columns, R if rank is None else rank)
+    dtype = B.dtype if B.dtype == torch.float64 else torch.float32
+    if driver == "auto":
+        driver = select_driver(out, columns, R, rank, dtype, B.device.type)
+    with exact_arithmetic(B.device.type):
+        parts = [
+            DRIVERS[driver](b.to(dtype), a.to(dtype), rank)
+            for b, a in _chunks(B.reshape(-1, out, R), A.reshape(-1, R, columns))
+        ]
+        solution = parts[0] if len(parts) == 1 else _joined(parts)
+        return _finish(solution, B.shape[:-2], driver)
+
+
+def _finish(solution: Solution, layers: torch.Size, driver: str) -> SVD:
+    """Fix signs, zero dead components, give the leading dimensions back."""
+    U, S64, Vh, norm, tail, notes = solution
+    S = S64.to(U.dtype)
+    if not bool(torch.isfinite(S).all()):
+        raise ConvergenceError(
+            f"svd_product: a singular value of {float(S64.max()):.3g} is beyond "
+            f"{torch.finfo(U.dtype).max:.3g}, the largest {U.dtype}; scale the factors down or "
+            "pass them as float64"
+        )
+    peak = U.gather(-2, U.abs().argmax(-2, keepdim=True))
+    sign = torch.where(peak < 0, -1.0, 1.0).to(U) * (S > 0).unsqueeze(-2)
+    return SVD(
+        (U * sign).reshape(*layers, *U.shape[-2:]),
+        S.reshape(*layers, S.shape[-1]),
+        (Vh * sign.mT).reshape(*layers, *Vh.shape[-2:]),
+        Solve(driver, norm.reshape(layers), tail.reshape(layers), tuple(notes)),
+    )
+
+
+def _chunks(B: Tensor, A: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The batch in pieces whose float64 copies fit the workspace."""
+    # Two float64 copies of each factor are alive at once in the gram driver, W in the dense one.
+    _, out, R = B.shape
+    per_member = 16 * (out + A.shape[-1]) * R + 24 * R * R
+    size = max(1, WORKSPACE_BYTES // max(1, per_member))
+    return list(zip(torch.split(B, size), torch.split(A, size), strict=True))
+
+
+def _joined(parts: list[Solution]) -> Solution:
+    """Chunks put together, members numbered through."""
+    U, S, Vh, norm, tail = (torch.cat(p) for p in list(zip(*parts, strict=True))[:5])
+    before = accumulate((len(part.S) for part in parts), initial=0)
+    notes = [(n + i, how) for n, part in zip(before, parts, strict=False) for i, how in part.notes]
+    return Solution(U, S, Vh, norm, tail, notes)
+
+
+def _check(B: Tensor, A: Tensor, rank: int | None, driver: str) -> None:
+    """Everything svd_product refuses."""
+    for name, X in (("B", B), ("A", A)):
+        if not isinstance(X, Tensor) or not X.is_floating_point() or X.dtype.itemsize < 2:
+            kind = X.dtype if isinstance(X, Tensor) else type(X).__name__
+            raise InputTypeError(
+                f"svd_product: {name} must be a float16, bfloat16, float32 or float64 tensor, "
+                f"got {kind}"
+            )
+        if X.dim() < 2 or 0 in X.shape:
+            raise InputValueError(
+                f"svd_product: {name} must be (*layers, rows, columns), none of them 0, got "
+                f"{tuple(X.shape)}"
+            )
+    if B.dtype != A.dtype or B.device != A.device:
+        raise InputTypeError(
+            f"svd_product: B is {B.dtype} on {B.device}, A is {A.dtype} on {A.device}; "
+            "bring both to one dtype and device"
+        )
+    if B.shape[-1] != A.shape[-2] or B.shape[:-2] != A.shape[:-2]:
+        raise InputValueError(
+            f"svd_product: expected B (*layers, out, R) and A (*layers, R, in), got "
+            f"{tuple(B.shape)} and {tuple(A.shape)}"
+        )
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise InputValueError(f"svd_product: rank must be an integer of at least 1, got {rank!r}")
+    if driver != "auto" and driver not in DRIVERS:
+        raise InputValueError(
+            f"svd_product: unknown driver {driver!r}; known: {sorted(['auto', *DRIVERS])}"
+        )
+    for name, X in (("B", B), ("A", A)):
+        if not all_finite(X):
+            where = (~torch.isfinite(X)).nonzero()[0].tolist()
+            raise InputValueError(f"svd_product: {name} has NaN or Inf, first at {where}")
+
+
+def all_finite(X: Tensor) -> bool:
+    """Whether every entry is finite; one pass in the usual case."""
+    # A finite sum proves it. An infinite one may be overflow, so only then every entry is looked at.
+    total = X.sum(dtype=torch.float64)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(X).all())
