@@ -1,0 +1,99 @@
+"""``Components``: the one thing a method sees."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """All clients' rank-1 components side by side on one axis of length ``R = sum(ranks)``.
+
+    Scaling is folded in, weight-0 clients are gone, everything is validated.
+
+    Attributes:
+        A: ``(*layers, R, in_features)``.
+        B: ``(*layers, out_features, R)``.
+        ranks: K Python ints; 0 for a client that counts but has nothing in this layer.
+        weight: ``(K,)`` float64, > 0.
+        slots: the slot of each of the R components.
+        ids: K client ids; a client without one is called by its position in the list.
+        statistic: this method's client statistic summed over all layers, ``(K,)`` or ``(K, K)``,
+            when ``aggregate`` or ``aggregate_layers`` has computed it.
+    """
+
+    A: Tensor
+    B: Tensor
+    ranks: tuple[int, ...]
+    weight: Tensor
+    slots: tuple[int, ...]
+    ids: tuple[Hashable, ...]
+    statistic: Tensor | None = None
+
+    @property
+    def max_rank(self) -> int:
+        """The largest participating rank."""
+        return max(self.ranks)
+
+    @property
+    def n_slots(self) -> int:
+        """One more than the highest slot anybody fills."""
+        return 1 + max(self.slots)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Leading dimensions, ``()`` for a single layer."""
+        return tuple(self.A.shape[:-2])
+
+    @cached_property
+    def client(self) -> Tensor:
+        """Which client each component came from, ``(R,)`` int64."""
+        owners = [k for k, rank in enumerate(self.ranks) for _ in range(rank)]
+        return torch.tensor(owners, device=self.A.device)
+
+    @cached_property
+    def slot_index(self) -> Tensor:
+        """Which slot each component fills, ``(R,)`` int64."""
+        return torch.tensor(self.slots, device=self.A.device)
+
+    @cached_property
+    def slot(self) -> Tensor:
+        """One-hot map from components to slots, ``(n_slots, R)`` float64."""
+        every = torch.arange(self.n_slots, device=self.A.device)
+        return (every[:, None] == self.slot_index).to(torch.float64)
+
+    def with_factors(self, A: Tensor, B: Tensor) -> Components:
+        """The same clients with other factors of the same shapes."""
+        return replace(self, A=A, B=B)
+
+    @cached_property
+    def rank_groups(self) -> list[tuple[Tensor, Tensor]]:
+        """Clients of equal rank: ``(clients (n,), their components (n, rank))``, rank 0 left out.
+
+        Each group is one batch, so work per client is a few batched calls however many clients.
+        """
+        starts = [0, *accumulate(self.ranks)]
+        groups = []
+        for rank in sorted(set(self.ranks) - {0}):
+            members = [k for k, r in enumerate(self.ranks) if r == rank]
+            rows = [list(range(starts[k], starts[k] + rank)) for k in members]
+            device = self.A.device
+            groups.append((torch.tensor(members, device=device), torch.tensor(rows, device=device)))
+        return groups
+
+    def of_clients(self, components: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of some clients of equal rank as a batch over them.
+
+        Args:
+            components: ``(n, rank)``, from ``rank_groups``.
+
+        Returns:
+            ``A (*layers, n, rank, in_features)`` and ``B (*layers, n, out_features, rank)``.
+        """
+        return self.A[..., components, :], self.B.mT[..., components, :].mT
