@@ -1,0 +1,52 @@
+"""Combine: from shared components to one low-rank matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hetlora_agg.components import Components
+from hetlora_agg.types import LowRank
+
+
+def stack(c: Components, share: Tensor) -> LowRank:
+    """Mean of products, ``Σ share_j b_j a_j``: components side by side, exact, rank R."""
+    return LowRank(share.to(c.A.dtype).unsqueeze(-1) * c.A, c.B)
+
+
+def average_factors(c: Components, share: Tensor) -> LowRank:
+    """Product of means: A's and B's of each slot are averaged apart, rank ``n_slots``.
+
+    Against the mean of products it errs by the cross terms,
+    ``½ Σ_ij g_i g_j (B_i − B_j)(A_i − A_j)`` for client shares g that sum to 1.
+    """
+    slot, share = c.slot.to(c.A.dtype), share.to(c.A.dtype)
+    return LowRank(slot @ (share.unsqueeze(-1) * c.A), (share.unsqueeze(-2) * c.B) @ slot.mT)
+
+
+def carry_over(
+    combined: LowRank, c: Components, previous: LowRank | None, dropped: tuple[int, ...] = ()
+) -> LowRank:
+    """A stack with the slots nobody filled this round added as components of ``previous``."""
+    empty = _empty_slots(c, previous, dropped)
+    return combined if previous is None or not empty else combined.plus(previous.select(empty))
+
+
+def carry_over_slots(
+    averaged: LowRank, c: Components, previous: LowRank | None, dropped: tuple[int, ...] = ()
+) -> LowRank:
+    """Averaged factors with the slots nobody filled this round taken from ``previous``."""
+    empty = _empty_slots(c, previous, dropped)
+    if previous is None or not empty:
+        return averaged
+    width = max(averaged.rank, previous.rank)
+    every = torch.arange(width, device=c.A.device)
+    old = (every[:, None] == torch.tensor(empty, device=c.A.device)).to(c.A.dtype)
+    new = (every[:, None] == every[: averaged.rank]).to(c.A.dtype)
+    carried = previous.select(empty)
+    return LowRank(new @ averaged.A + old @ carried.A, averaged.B @ new.mT + carried.B @ old.mT)
+
+
+def _empty_slots(c: Components, previous: LowRank | None, dropped: tuple[int, ...]) -> list[int]:
+    filled = set(c.slots) - set(dropped)
+    return [] if previous is None else [j for j in range(previous.rank) if j not in filled]

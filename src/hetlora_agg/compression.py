@@ -1,0 +1,118 @@
+"""Compress: the best low-rank approximation of a low-rank matrix, without its dense form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hetlora_agg.checks import check_choice, check_count, check_fraction
+from hetlora_agg.errors import InputValueError
+from hetlora_agg.linalg import SPLITS, svd_product
+from hetlora_agg.types import Compressed, LowRank
+
+Rank = int | Literal["full"] | None
+"""Wanted rank: an integer, "full" for no truncation, None for the method's default."""
+
+
+def compress(
+    low_rank: LowRank,
+    rank: Rank = "full",
+    *,
+    default: int | None = None,
+    energy: float | None = None,
+    split: str = "balanced",
+    driver: str = "auto",
+) -> Compressed:
+    """The leading components of the SVD of ``B @ A``, ordered, so that every prefix is the best.
+
+    Args:
+        low_rank: any factors, ``(*layers, R, in_features)`` and ``(*layers, out_features, R)``.
+        rank: an integer is capped at ``min(R, out_features, in_features)``; "full" keeps all.
+        default: rank to use for ``rank=None``; with ``energy=`` None means no cap.
+        energy: τ in (0, 1]: per layer the smallest rank r >= 1 with ``Σ_{i≤r} σ² ≥ τ Σ σ²``,
+            capped by ``rank``. Layers of a batch are cut at their own rank: zeros follow.
+        split: "balanced" ``B = U√S, A = √S Vᵀ``; "left" ``B = U S``; "right" ``A = S Vᵀ``.
+        driver: see `linalg.svd_product`.
+
+    Raises:
+        InputValueError: a rank, energy or split that is none.
+
+    Example:
+        >>> import torch
+        >>> wide = LowRank(torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.eye(3))
+        >>> compress(wide, energy=0.9).singular_values
+        tensor([3., 2.])
+    """
+    check_choice("split", split, sorted(SPLITS))
+    svd = svd_product(low_rank.B, low_rank.A, _cap(rank, default, energy), driver)
+    B, A = SPLITS[split](svd.U, svd.S, svd.Vh)
+    whole = Compressed(A, B, singular_values=svd.S, ranks=None, solve=svd.solve)
+    return whole if energy is None else _cut(whole, _ranks_for(whole, energy))
+
+
+def truncate(low_rank: LowRank, rank: int) -> LowRank:
+    """The leading components; the best of that rank if they come from `compress`."""
+    return low_rank.select(slice(0, rank))
+
+
+def divide(
+    whole: Compressed, rank: Rank, *, default: int, energy: float | None = None
+) -> tuple[Compressed, LowRank]:
+    """A full SVD in two: the components that `compress` would keep, and all the others.
+
+    Together they are the whole, exactly.
+    """
+    cap = _cap(rank, default, energy) or whole.rank
+    if energy is None:
+        ranks = torch.full(whole.layers, min(cap, whole.rank), device=whole.B.device)
+    else:
+        ranks = _ranks_for(whole, energy).clamp_max(cap)
+    first = int(ranks.min())
+    behind = (torch.arange(first, whole.rank, device=ranks.device) >= ranks.unsqueeze(-1)).to(
+        whole.B
+    )
+    rest = whole.select(slice(first, None))
+    kept = _cut(whole, ranks)
+    if energy is None:
+        kept = replace(kept, ranks=None)
+    return kept, LowRank(rest.A, rest.B * behind.unsqueeze(-2))
+
+
+def _cap(rank: Rank, default: int | None, energy: float | None) -> int | None:
+    """The rank to solve for; None is no truncation."""
+    if energy is not None:
+        check_fraction("energy", energy)
+    if rank is None:
+        return default if energy is None else None
+    if isinstance(rank, str):
+        if rank != "full":
+            raise InputValueError(f"rank=: expected an integer, 'full' or None, got {rank!r}")
+        return None
+    check_count("rank", rank)
+    return rank
+
+
+def _ranks_for(whole: Compressed, energy: float) -> Tensor:
+    """Smallest rank per layer whose squared singular values reach the share ``energy``."""
+    reached = whole.singular_values.double().square().cumsum(-1)
+    total = reached[..., -1] + whole.solve.tail.square()
+    short = (reached < energy * total.unsqueeze(-1)).sum(-1)
+    return (short + 1).clamp_max(whole.rank)
+
+
+def _cut(whole: Compressed, ranks: Tensor) -> Compressed:
+    """Each layer cut at its own rank: sliced at the widest, zeros beyond a layer's own."""
+    width = int(ranks.max())
+    kept = torch.arange(whole.rank, device=ranks.device) < ranks.unsqueeze(-1)
+    S = whole.singular_values * kept
+    gone = torch.where(kept, 0.0, whole.singular_values.double()).square().sum(-1)
+    return Compressed(
+        A=whole.A[..., :width, :],
+        B=(whole.B * kept.unsqueeze(-2))[..., :width],
+        singular_values=S[..., :width],
+        ranks=ranks,
+        solve=replace(whole.solve, tail=(whole.solve.tail.square() + gone).sqrt()),
+    )

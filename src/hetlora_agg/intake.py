@@ -1,0 +1,215 @@
+"""Collect: one layer's checked updates, or a batch of equal layers', as ``Components``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from hetlora_agg.components import Components
+from hetlora_agg.errors import ConvergenceError, InputTypeError, InputValueError
+from hetlora_agg.linalg import all_finite, component_peaks
+from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank, result_of
+from hetlora_agg.validation import where
+
+
+@dataclass(frozen=True, eq=False)
+class Intake:
+    """Everything the clients sent, side by side, scaling folded in.
+
+    Attributes:
+        updates: the K updates, read and ordered.
+        A: ``(*layers, rows, in_features)`` in the compute dtype.
+        B: ``(*layers, out_features, rows)``.
+        dtype: dtype of the result; float16 and bfloat16 are computed in float32.
+        bad: clients with NaN or Inf, and where.
+        notes: what was accepted but is worth knowing.
+    """
+
+    updates: Sequence[ClientUpdate]
+    A: Tensor
+    B: Tensor
+    dtype: torch.dtype
+    bad: dict[Hashable, str]
+    notes: tuple[str, ...]
+
+    def components(self, without: frozenset[Hashable] = frozenset()) -> Components:
+        """The participating clients' components: no padding, no weight 0, nobody left out."""
+        kept: list[tuple[int, ClientUpdate]] = []
+        rows: list[int] = []
+        start = 0
+        for k, update in enumerate(self.updates):
+            if name_of(k, update) not in without and update.weight > 0:
+                kept.append((k, update))
+                rows += range(start, start + _rank(update))
+            start += update.A.shape[-2]
+        if not kept or not rows:
+            raise InputValueError(
+                "no client is left: every one has weight 0"
+                + (" or was dropped for NaN or Inf" if without else "")
+                + "; pass at least one update with a positive weight"
+            )
+        A, B = self.A, self.B
+        if len(rows) < start:
+            index = torch.tensor(rows, device=A.device)
+            A, B = A.index_select(-2, index), B.index_select(-1, index)
+        weights = [update.weight for _, update in kept]
+        return Components(
+            A=A,
+            B=B,
+            ranks=tuple(_rank(update) for _, update in kept),
+            weight=torch.tensor(weights, dtype=torch.float64, device=A.device),
+            slots=tuple(slot for _, update in kept for slot in update.slots or ()),
+            ids=tuple(name_of(k, update) for k, update in kept),
+        )
+
+    def finish(self, result: AggregationResult | LowRank, name: str) -> AggregationResult:
+        """The method's result in the clients' dtype, checked to be finite."""
+        if isinstance(result, LowRank):
+            result = result_of(result)
+        if not isinstance(result, AggregationResult):
+            raise InputTypeError(
+                f"method {name!r}: expected it to return an AggregationResult or a LowRank, got "
+                f"{type(result).__name__}"
+            )
+        factors = self._cast(result.factors, name)
+        residual = None if result.residual is None else self._cast(result.residual, name)
+        return replace(
+            result, factors=factors, residual=residual, notes=(*result.notes, *self.notes)
+        )
+
+    def _cast(self, low_rank: LowRank, name: str) -> LowRank:
+        cast = LowRank(low_rank.A.to(self.dtype), low_rank.B.to(self.dtype))
+        if not (all_finite(cast.A) and all_finite(cast.B)):
+            raise ConvergenceError(
+                f"method {name!r}: the result has entries beyond {torch.finfo(self.dtype).max:.3g}, "
+                f"the largest {self.dtype}; pass the updates in a wider dtype"
+            )
+        return cast
+
+
+def name_of(position: int, update: ClientUpdate) -> Hashable:
+    """What a client is called: its id, or its position in the list."""
+    return position if update.id is None else update.id
+
+
+def collect(updates: Sequence[ClientUpdate], layers: Sequence[str] | None = None) -> Intake:
+    """Put checked updates side by side, fold the scaling in, look at every entry once.
+
+    Args:
+        updates: from `read_updates`; with ``layers``, stacked on a leading dimension.
+        layers: names along the first leading dimension, for errors.
+
+    Raises:
+        InputValueError: components under the declared rank that are not zero, or a product beyond
+            the compute dtype. NaN and Inf are not raised but listed in ``.bad``.
+    """
+    dtype = reduce(torch.promote_types, (X.dtype for u in updates for X in (u.A, u.B)))
+    compute = dtype if dtype == torch.float64 else torch.float32
+    A = torch.cat([u.A.to(compute) for u in updates], dim=-2)
+    B = torch.cat([u.B.to(compute) for u in updates], dim=-1)
+    peaks_B, peaks_A = (peaks.double() for peaks in component_peaks(B, A))
+    bad = _bad_clients(updates, A, B, peaks_A, peaks_B, layers)
+    _check_padding(updates, peaks_A * peaks_B, layers)
+    root = _per_component(updates, [math.sqrt(u.scaling) for u in updates], A.device)
+    _check_range(updates, peaks_A * root, peaks_B * root, compute, layers)
+    if any(u.scaling != 1 for u in updates):
+        # Into both factors alike: product-space methods do not mind, factor-space ones need it.
+        A, B = A * root.to(compute).unsqueeze(-1), B * root.to(compute)
+    size = min(B.shape[-2], A.shape[-1])
+    notes = tuple(
+        f"client {name_of(k, u)!r}: rank {_rank(u)} is above min(out, in) = {size}"
+        for k, u in enumerate(updates)
+        if _rank(u) > size
+    )
+    return Intake(updates, A, B, dtype, bad, notes)
+
+
+def _rank(update: ClientUpdate) -> int:
+    return update.rank or 0
+
+
+def _per_component(
+    updates: Sequence[ClientUpdate], values: Sequence[float], device: torch.device
+) -> Tensor:
+    """A number per client, repeated for each of its components, float64."""
+    repeated = [v for u, v in zip(updates, values, strict=True) for _ in range(u.A.shape[-2])]
+    return torch.tensor(repeated, dtype=torch.float64, device=device)
+
+
+def _first(
+    updates: Sequence[ClientUpdate], failing: Tensor, layers: Sequence[str] | None
+) -> tuple[int, str | None, int]:
+    """Client, layer's name and component of the first True in ``(*layers, rows)``."""
+    index = failing.nonzero()[0].tolist()
+    client, component = 0, index[-1]
+    while component >= updates[client].A.shape[-2]:
+        component -= updates[client].A.shape[-2]
+        client += 1
+    return client, layers[index[0]] if layers else None, component
+
+
+def _bad_clients(
+    updates: Sequence[ClientUpdate],
+    A: Tensor,
+    B: Tensor,
+    peaks_A: Tensor,
+    peaks_B: Tensor,
+    layers: Sequence[str] | None,
+) -> dict[Hashable, str]:
+    """Clients with NaN or Inf: which layer, factor, how many, where first."""
+    if all_finite(peaks_A) and all_finite(peaks_B):
+        return {}
+    bad: dict[Hashable, str] = {}
+    for factor, X, dim in (("lora_A", A, -2), ("lora_B", B, -1)):
+        pieces = torch.split(X, [u.A.shape[-2] for u in updates], dim=dim)
+        for k, (update, piece) in enumerate(zip(updates, pieces, strict=True)):
+            wrong = ~torch.isfinite(piece)
+            if bool(wrong.any()) and name_of(k, update) not in bad:
+                first = wrong.nonzero()[0].tolist()
+                layer = layers[first.pop(0)] if layers else None
+                bad[name_of(k, update)] = (
+                    f"{where(k, update.id, layer, factor)}{int(wrong.sum())} NaN or Inf entries, "
+                    f"first at {tuple(first)}"
+                )
+    return bad
+
+
+def _check_padding(
+    updates: Sequence[ClientUpdate], products: Tensor, layers: Sequence[str] | None
+) -> None:
+    """Components beyond the declared rank must be exactly zero, or they would be lost."""
+    beyond = [j >= _rank(u) for u in updates for j in range(u.A.shape[-2])]
+    failing = (products > 0) & torch.tensor(beyond, device=products.device)
+    if any(beyond) and bool(failing.any()):
+        k, layer, component = _first(updates, failing, layers)
+        raise InputValueError(
+            f"{where(k, updates[k].id, layer)}declares rank {updates[k].rank} with "
+            f"{updates[k].A.shape[-2]} rows, but component {component} is not zero; declare the "
+            "full rank, or zero the padding"
+        )
+
+
+def _check_range(
+    updates: Sequence[ClientUpdate],
+    peaks_A: Tensor,
+    peaks_B: Tensor,
+    compute: torch.dtype,
+    layers: Sequence[str] | None,
+) -> None:
+    """A component's largest entry, and the folded factors, must fit the compute dtype."""
+    largest = torch.finfo(compute).max
+    # In logarithms: the product itself may leave float64. NaN and Inf were reported already.
+    finite = torch.isfinite(peaks_A) & torch.isfinite(peaks_B)
+    exceeds = peaks_A.log2() + peaks_B.log2() > math.log2(largest)
+    failing = finite & (exceeds | (peaks_A > largest) | (peaks_B > largest))
+    if bool(failing.any()):
+        k, layer, component = _first(updates, failing, layers)
+        raise InputValueError(
+            f"{where(k, updates[k].id, layer)}component {component} of scaling * B @ A exceeds "
+            f"{largest:.3g}, the largest {compute}; scale the update down or pass float64"
+        )

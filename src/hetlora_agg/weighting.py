@@ -1,0 +1,118 @@
+"""Mass (what a client counts for) and share (what each component gets of it).
+
+A mass is ``(K,)`` or ``(*layers, K)`` float64, a share ``(R,)`` or ``(*layers, R)`` float64.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hetlora_agg.checks import check_count, check_fraction
+from hetlora_agg.components import Components
+from hetlora_agg.linalg import squared_norms
+
+
+def examples(c: Components) -> Tensor:
+    """Mass: the clients' own weights, ``(K,)``."""
+    return c.weight
+
+
+def uniform(c: Components) -> Tensor:
+    """Mass: one for every client, ``(K,)``."""
+    return torch.ones_like(c.weight)
+
+
+def update_norm(c: Components, *, per_layer: bool = False) -> Tensor:
+    """Mass: ``‖ΔW_k‖_F`` over all layers together ``(K,)``, or per layer ``(*layers, K)``."""
+    if per_layer:
+        return client_squared_norms(c).sqrt()
+    return over_all_layers(c, client_squared_norms).sqrt()
+
+
+def client_squared_norms(c: Components) -> Tensor:
+    """``‖ΔW_k‖_F²``, ``(*layers, K)`` float64, blockwise: cost ``(out + in) Σ r_k²``."""
+    squares = c.weight.new_zeros((*c.layers, len(c.ranks)))
+    for clients, components in c.rank_groups:
+        A, B = c.of_clients(components)
+        squares[..., clients] = squared_norms(B, A)
+    return squares
+
+
+def over_all_layers(c: Components, statistic: Callable[[Components], Tensor]) -> Tensor:
+    """A client statistic summed over every layer: the given total, or this batch's own."""
+    if c.statistic is not None:
+        return c.statistic
+    value = statistic(c)
+    return value.reshape(-1, *value.shape[len(c.layers) :]).sum(0)
+
+
+def client_share(c: Components, mass: Tensor, total: float | Tensor | None = None) -> Tensor:
+    """Share ``m_k / Σ m`` for every component of client k; a given total replaces the sum.
+
+    If all masses are zero (every update is zero, under `update_norm`) clients share equally, the
+    limit of equal masses.
+    """
+    if total is not None:
+        return (mass / total)[..., c.client]
+    # Over the largest first, so that 1e308 does not overflow the sum nor 5e-324 vanish in it.
+    top = mass.amax(-1, keepdim=True)
+    relative = torch.where(top > 0, mass / top, 1.0)
+    return (relative / relative.sum(-1, keepdim=True))[..., c.client]
+
+
+def slot_share(
+    c: Components,
+    mass: Tensor,
+    *,
+    totals: Tensor | None = None,
+    floor: float | None = None,
+    quorum: int | None = None,
+) -> Tensor:
+    """Share ``m_k / N_j`` for client k's component in slot j, ``N_j`` over the slot's owners.
+
+    Args:
+        c: the components.
+        mass: ``(K,)`` or ``(*layers, K)``.
+        totals: fixed denominators ``(n_slots,)`` in place of ``N_j``.
+        floor: β in (0, 1]: the denominator is at least ``β Σ m``, so nobody gets more than
+            ``p_k / β``.
+        quorum: slots with fewer owners than this get share 0 (see `dropped_slots`).
+    """
+    of_component = mass[..., c.client]
+    if totals is not None:
+        share = of_component / totals[..., c.slot_index]
+    else:
+        # Over the slot's largest first, for the same reason as in client_share.
+        top = (c.slot * of_component.unsqueeze(-2)).amax(-1)[..., c.slot_index]
+        relative = torch.where(top > 0, of_component / top, 1.0)
+        share = relative / (relative @ c.slot.mT)[..., c.slot_index]
+    if floor is not None:
+        check_fraction("floor", floor)
+        share = torch.minimum(share, client_share(c, mass) / floor)
+    if quorum is not None:
+        empty = set(dropped_slots(c, quorum))
+        share = share * share.new_tensor([slot not in empty for slot in c.slots])
+    return share
+
+
+def coverage(c: Components, mass: Tensor) -> Tensor:
+    """``q_j``, the part of all mass that owns a component's slot, ``(*layers or (), R)``."""
+    return (client_share(c, mass) @ c.slot.mT)[..., c.slot_index]
+
+
+def top_share(c: Components, mass: Tensor) -> Tensor:
+    """Share ``m_k / Σ m`` among the clients of the largest rank only; 0 for the others."""
+    top = mass.new_tensor([rank == c.max_rank for rank in c.ranks])
+    return client_share(c, mass * top)
+
+
+def dropped_slots(c: Components, quorum: int | None) -> tuple[int, ...]:
+    """Slots somebody fills, but fewer clients than the quorum."""
+    if quorum is None:
+        return ()
+    check_count("quorum", quorum)
+    return tuple(sorted(s for s, owners in Counter(c.slots).items() if owners < quorum))
