@@ -1,0 +1,19 @@
+"""Functional aggregators for federated LoRA with heterogeneous ranks."""
+
+from hetlora_agg.aggregate import aggregate as aggregate
+from hetlora_agg.components import Components as Components
+from hetlora_agg.distribute import distribute as distribute
+from hetlora_agg.errors import ConvergenceError as ConvergenceError
+from hetlora_agg.errors import HetLoRAError as HetLoRAError
+from hetlora_agg.errors import InputTypeError as InputTypeError
+from hetlora_agg.errors import InputValueError as InputValueError
+from hetlora_agg.layers import aggregate_layers as aggregate_layers
+from hetlora_agg.registry import CLAIMS as CLAIMS
+from hetlora_agg.registry import METHODS as METHODS
+from hetlora_agg.registry import MethodEntry as MethodEntry
+from hetlora_agg.registry import method as method
+from hetlora_agg.types import AggregationResult as AggregationResult
+from hetlora_agg.types import ClientUpdate as ClientUpdate
+from hetlora_agg.types import LowRank as LowRank
+
+__version__ = "0.1.0"

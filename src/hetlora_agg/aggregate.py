@@ -1,0 +1,61 @@
+"""``aggregate``: the one function the library is for."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+import hetlora_agg.methods  # noqa: F401  (enters every method in METHODS)
+from hetlora_agg.intake import collect
+from hetlora_agg.registry import Run, check_options, resolve
+from hetlora_agg.running import Batch, run, to_numpy
+from hetlora_agg.types import AggregationResult
+from hetlora_agg.validation import read_updates
+
+
+def aggregate(
+    updates: Iterable[Any],
+    method: str | Run = "rb",
+    *,
+    on_bad_client: str = "error",
+    max_rank: int | Mapping[Hashable, int] | None = None,
+    **options: Any,
+) -> AggregationResult:
+    """Aggregates clients' LoRA updates of one layer into a global low-rank factorization.
+
+    Everything is checked before the first arithmetic; nothing passed in is changed; no gradients
+    are recorded. float16 and bfloat16 are computed in float32 and cast back at the end. Numpy
+    arrays in, numpy arrays out.
+
+    Args:
+        updates: `ClientUpdate`s, or tuples ``(A, B)``, ``(A, B, rank)``, ``(A, B, rank, weight)``
+            with ``A (*layers, rank, in_features)`` and ``B (*layers, out_features, rank)``. Ranks
+            may differ; leading dimensions, if any, are a batch of equal layers.
+        method: a name from ``METHODS``, or a function ``Components -> AggregationResult``.
+        on_bad_client: "error" for NaN or Inf in a factor, or "drop" to leave that client out
+            (listed in ``.excluded``; the others' weights then make up the whole).
+        max_rank: refuse clients that declare more, one number or one by client id.
+        **options: the method's own keyword arguments, such as ``rank=``.
+
+    Returns:
+        An `AggregationResult`: ``.factors`` (and ``.residual``, for methods that leave one).
+
+    Raises:
+        InputTypeError, InputValueError: what is wrong, with which client, and what to do.
+        ConvergenceError: an SVD that no driver could take, or a result beyond its dtype.
+
+    Cost: the method's; for SVD methods ``(out + in)(R² + R r)`` multiply-adds, ``R = Σ r_k``.
+
+    Example:
+        >>> import torch
+        >>> g = torch.Generator().manual_seed(0)
+        >>> def client(rank):
+        ...     return torch.randn(rank, 6, generator=g), torch.randn(5, rank, generator=g), rank
+        >>> aggregate([client(2), client(4)], method="rb")
+        AggregationResult(5x6, rank 4, nested)
+    """
+    entry = resolve(method)
+    check_options(entry, options)
+    read, numpy = read_updates(updates, max_rank=max_rank)
+    (result,) = run(entry, [Batch(collect(read), options)], on_bad_client)
+    return to_numpy(result) if numpy else result

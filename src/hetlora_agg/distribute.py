@@ -1,0 +1,120 @@
+"""``distribute``: a global factorization back to every client's rank and scaling."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetlora_agg.errors import InputTypeError, InputValueError
+from hetlora_agg.types import AggregationResult, LowRank
+
+
+def distribute(
+    result: AggregationResult,
+    ranks: Sequence[int],
+    scalings: Sequence[float] | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> list[LowRank]:
+    """Gives every client the leading components at its rank, its own scaling divided out.
+
+    Client k's effective update ``scalings[k] * B @ A`` is then the global one cut to its rank. A
+    client above the global rank is padded as PEFT initialises: random rows in A, zero columns in
+    B, so that the new slots add nothing yet and still receive a gradient. Slot j is padded alike
+    for all clients, so that they start from one A. The residual, if any, is the server's to fold
+    into the base weight.
+
+    Args:
+        result: from `aggregate` or one layer of `aggregate_layers`.
+        ranks: every client's rank.
+        scalings: every client's ``lora_alpha / r``; None means 1 for all.
+        generator: for the padding rows, on the CPU; a fresh one with seed 0 if None.
+
+    Returns:
+        One `LowRank` per client, copies in the result's dtype and on its device:
+        ``A (*layers, rank, in_features)``, ``B (*layers, out_features, rank)``.
+
+    Raises:
+        InputTypeError: ``result`` is none, or a rank is no integer.
+        InputValueError: a rank below 1, a scaling that is not finite and > 0, lists of different
+            length, or a rank below that of a result whose leading components mean nothing.
+
+    Cost: one copy of what is handed out.
+
+    Example:
+        >>> from hetlora_agg import aggregate
+        >>> result = aggregate([(torch.eye(2), torch.eye(2))], "rb")
+        >>> [client.rank for client in distribute(result, [1, 2], scalings=[2.0, 1.0])]
+        [1, 2]
+    """
+    if not isinstance(result, AggregationResult):
+        raise InputTypeError(
+            f"distribute: expected an AggregationResult, got {type(result).__name__}"
+        )
+    ranks = [_rank(k, rank) for k, rank in enumerate(ranks)]
+    scalings = [1.0] * len(ranks) if scalings is None else list(scalings)
+    if len(scalings) != len(ranks):
+        raise InputValueError(
+            f"distribute: expected one scaling per client, got {len(scalings)} for {len(ranks)}"
+        )
+    short = [k for k, rank in enumerate(ranks) if rank < result.rank]
+    if short and not result.nested:
+        raise InputValueError(
+            f"distribute: client {short[0]} asks for rank {ranks[short[0]]} of a result of rank "
+            f"{result.rank} whose leading components are not an answer; fold result.total() into "
+            "the base weight and restart the clients, or aggregate with a nested method such as "
+            "'flexlora'"
+        )
+    factors = result.factors.torch()
+    wide = _padded(factors, max(ranks, default=0), generator)
+    handed = [
+        _cut(wide, rank, factors.rank, _scaling(k, s))
+        for k, (rank, s) in enumerate(zip(ranks, scalings, strict=True))
+    ]
+    return handed if isinstance(result.A, Tensor) else [low_rank.numpy() for low_rank in handed]
+
+
+def _padded(factors: LowRank, rank: int, generator: torch.Generator | None) -> LowRank:
+    """The factors widened to the largest rank asked for."""
+    extra = rank - factors.rank
+    if extra <= 0:
+        return factors
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    bound = 1 / math.sqrt(factors.in_features)
+    shape = (*factors.layers, extra, factors.in_features)
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
+    rows = (2 * uniform - 1) * bound
+    zeros = factors.B.new_zeros((*factors.layers, factors.out_features, extra))
+    return factors.plus(LowRank(rows.to(factors.A), zeros))
+
+
+def _cut(wide: LowRank, rank: int, global_rank: int, scaling: float) -> LowRank:
+    """The leading components, scaling divided out of those that carry an update."""
+    root = math.sqrt(scaling)
+    divide = [root if j < global_rank else 1.0 for j in range(rank)]
+    divisor = torch.tensor(divide, dtype=wide.A.dtype, device=wide.A.device)
+    A = wide.A[..., :rank, :] / divisor.unsqueeze(-1)
+    return LowRank(A, wide.B[..., :rank] / divisor)
+
+
+def _rank(k: int, rank: Any) -> int:
+    if isinstance(rank, bool) or not hasattr(rank, "__index__"):
+        raise InputTypeError(f"distribute: client {k}: expected an integer rank, got {rank!r}")
+    number = operator.index(rank)
+    if number < 1:
+        raise InputValueError(f"distribute: client {k}: expected a rank of at least 1, got {rank}")
+    return number
+
+
+def _scaling(k: int, scaling: float) -> float:
+    number = float(scaling)
+    if not math.isfinite(number) or number <= 0:
+        raise InputValueError(
+            f"distribute: client {k}: expected a finite scaling > 0, got {scaling!r}"
+        )
+    return number

@@ -1,0 +1,217 @@
+"""``aggregate_layers``: whole models. The only place that knows layers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import hetlora_agg.methods  # noqa: F401  (enters every method in METHODS)
+from hetlora_agg.checks import check_choice, check_count
+from hetlora_agg.errors import InputTypeError, InputValueError
+from hetlora_agg.intake import collect, name_of
+from hetlora_agg.registry import Run, check_options, resolve
+from hetlora_agg.running import Batch, run, to_numpy
+from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank
+from hetlora_agg.validation import id_order, read_updates
+
+Layers = dict[str, list[ClientUpdate]]
+
+MISSING = ("error", "renormalise", "zero")
+
+
+def aggregate_layers(
+    layers: Mapping[str, Iterable[Any]],
+    method: str | Run = "rb",
+    *,
+    missing: str = "error",
+    max_group: int | None = None,
+    on_bad_client: str = "error",
+    max_rank: int | Mapping[Hashable, int] | None = None,
+    **options: Any,
+) -> dict[str, AggregationResult]:
+    """Aggregates every layer of a model, layers of equal signature in one batched call.
+
+    A client is one client in every layer: weights that depend on its data are computed over all
+    its layers, and a client that is dropped is dropped from all of them.
+
+    Args:
+        layers: layer name -> that layer's updates, as `aggregate` takes them.
+        method: a name from ``METHODS``, or a function ``Components -> AggregationResult``.
+        missing: what a client counts for in a layer it did not send. "error"; "zero": its update
+            there is zero and its weight counts; "renormalise": it is absent there and the others
+            make up the whole. Anything but "error" needs ids on all updates.
+        max_group: most layers in one batched call, to bound memory.
+        on_bad_client: "error", or "drop" to leave out clients with NaN or Inf in any layer.
+        max_rank: refuse clients that declare more, one number or one by client id.
+        **options: the method's own; per-layer state, such as ``previous=``, is a mapping by layer
+            name (last round's return value will do).
+
+    Returns:
+        Layer name -> `AggregationResult`, in the order given.
+
+    Raises:
+        InputTypeError, InputValueError: what is wrong, with which client and layer.
+
+    Example:
+        >>> import torch
+        >>> client = (torch.ones(2, 6), torch.ones(5, 2))
+        >>> sorted(aggregate_layers({"q": [client, client], "v": [client, client]}))
+        ['q', 'v']
+    """
+    entry = resolve(method)
+    check_options(entry, options)
+    if max_group is not None:
+        check_count("max_group", max_group)
+    read, numpy = _read_layers(layers, max_rank)
+    read = _complete(read, missing)
+    state = {k: v for k, v in options.items() if isinstance(v, Mapping)}
+    plain = {k: v for k, v in options.items() if k not in state}
+    groups = _grouped(read, {k: _layer_state(k, v, read) for k, v in state.items()}, max_group)
+    batches = [Batch(collect(stacked, names), {**plain, **own}) for names, stacked, own in groups]
+    results: dict[str, AggregationResult] = {}
+    for (names, _, _), result in zip(groups, run(entry, batches, on_bad_client), strict=True):
+        results.update(zip(names, _take_apart(result, len(names)), strict=True))
+    return {name: to_numpy(results[name]) if numpy else results[name] for name in read}
+
+
+def _read_layers(
+    layers: Mapping[str, Iterable[Any]], max_rank: int | Mapping[Hashable, int] | None
+) -> tuple[Layers, bool]:
+    if not isinstance(layers, Mapping):
+        raise InputTypeError(
+            f"expected a mapping of layer names to updates, got {type(layers).__name__}; for one "
+            "layer call aggregate"
+        )
+    if not layers:
+        raise InputValueError("no layers; pass at least one {name: updates}")
+    checked = {name: read_updates(updates, name, max_rank) for name, updates in layers.items()}
+    return {name: read for name, (read, _) in checked.items()}, all(n for _, n in checked.values())
+
+
+def _complete(layers: Layers, missing: str) -> Layers:
+    """Apply the policy for clients that lack a layer."""
+    check_choice("missing", missing, MISSING)
+    everyone: dict[Hashable, ClientUpdate] = {}
+    for updates in layers.values():
+        everyone.update({name_of(k, u): u for k, u in enumerate(updates)})
+    completed: Layers = {}
+    for layer, updates in layers.items():
+        present = {name_of(k, u) for k, u in enumerate(updates)}
+        absent = [name for name in everyone if name not in present]
+        if not absent or missing == "renormalise":
+            completed[layer] = updates
+        elif missing == "error":
+            raise InputValueError(
+                f"layer {layer!r}: client {absent[0]!r} sent other layers but not this one; say "
+                'what that means with missing="zero" or missing="renormalise"'
+            )
+        else:
+            like = updates[0]
+            zeros = [_zero_update(like, name, everyone[name].weight) for name in absent]
+            completed[layer] = sorted([*updates, *zeros], key=id_order)
+        if absent and any(u.id is None for u in updates):
+            raise InputValueError(
+                f"layer {layer!r}: some clients lack this layer, so every update needs an id to "
+                "tell who they are"
+            )
+    return completed
+
+
+def _zero_update(like: ClientUpdate, name: Hashable, weight: float) -> ClientUpdate:
+    """A client that counts in a layer but has no component there."""
+    return ClientUpdate(
+        like.A[..., :0, :], like.B[..., :0], rank=0, weight=weight, slots=(), id=name
+    )
+
+
+def _layer_state(option: str, given: Mapping[str, Any], layers: Layers) -> dict[str, LowRank]:
+    """Per-layer state checked against the layers, results of an earlier round unwrapped."""
+    state: dict[str, LowRank] = {}
+    for layer, updates in layers.items():
+        if layer not in given:
+            raise InputValueError(
+                f"{option}=: expected an entry for every layer, layer {layer!r} has none"
+            )
+        value = given[layer]
+        if isinstance(value, AggregationResult):
+            if not value.nested:
+                raise InputValueError(
+                    f"{option}=, layer {layer!r}: that result is not nested, so its components "
+                    "are not slots; pass the factors that were distributed"
+                )
+            value = value.factors
+        if not isinstance(value, LowRank):
+            raise InputTypeError(
+                f"{option}=, layer {layer!r}: expected a LowRank or an AggregationResult, got "
+                f"{type(value).__name__}"
+            )
+        first = updates[0]
+        expected = (*first.B.shape[:-1], first.A.shape[-1])
+        if value.dense_shape != expected:
+            raise InputValueError(
+                f"{option}=, layer {layer!r}: expected (*layers, out_features, in_features) = "
+                f"{expected} as the clients have, got {value.dense_shape}"
+            )
+        state[layer] = value.torch()
+    return state
+
+
+def _grouped(
+    layers: Layers, state: Mapping[str, Mapping[str, LowRank]], max_group: int | None
+) -> list[tuple[list[str], list[ClientUpdate], dict[str, LowRank]]]:
+    """Layers of equal signature: their names, updates and state stacked on a new leading dim."""
+    alike: dict[Any, list[str]] = {}
+    for layer, updates in layers.items():
+        kept = tuple((s[layer].rank, s[layer].A.dtype, s[layer].A.device) for s in state.values())
+        alike.setdefault((*map(_signature, updates), kept), []).append(layer)
+    groups = []
+    for every in alike.values():
+        size = max_group or len(every)
+        for names in (every[i : i + size] for i in range(0, len(every), size)):
+            columns = zip(*(layers[name] for name in names), strict=True)
+            own = {k: _stack([s[name] for name in names]) for k, s in state.items()}
+            groups.append((names, [_stack(list(column)) for column in columns], own))
+    return groups
+
+
+def _signature(update: ClientUpdate) -> tuple[Any, ...]:
+    A, B = update.A, update.B
+    kinds = (A.shape, A.dtype, A.device, B.shape, B.dtype)
+    return (*kinds, update.rank, update.weight, update.scaling, update.slots, update.id)
+
+
+def _stack(items: list[Any]) -> Any:
+    """The same client's, or the same state's, factors of several layers on a new leading dim."""
+    # One layer needs no copy.
+    join = torch.stack if len(items) > 1 else lambda one: one[0].unsqueeze(0)
+    return replace(items[0], A=join([x.A for x in items]), B=join([x.B for x in items]))
+
+
+def _take_apart(result: AggregationResult, layers: int) -> list[AggregationResult]:
+    """One result per layer, each trimmed to its own rank where energy chose it."""
+    widths = [result.rank] * layers if result.ranks is None else _widths(result.ranks)
+    return [_one_layer(result, i, width, layers) for i, width in enumerate(widths)]
+
+
+def _widths(ranks: torch.Tensor) -> list[int]:
+    """Widest rank within each entry of the first leading dimension."""
+    return [int(width) for width in ranks.reshape(len(ranks), -1).amax(-1).tolist()]
+
+
+def _one_layer(result: AggregationResult, i: int, width: int, layers: int) -> AggregationResult:
+    S, ranks, rest, solve = result.singular_values, result.ranks, result.residual, result.solve
+    if solve is not None:
+        inner = solve.norm.numel() // layers
+        own = tuple((m % inner, how) for m, how in solve.fallbacks if m // inner == i)
+        solve = replace(solve, norm=solve.norm[i], tail=solve.tail[i], fallbacks=own)
+    return replace(
+        result,
+        factors=LowRank(result.A[i, ..., :width, :], result.B[i, ..., :width]),
+        singular_values=None if S is None else S[i, ..., :width],
+        residual=None if rest is None else LowRank(rest.A[i], rest.B[i]),
+        ranks=None if ranks is None else ranks[i],
+        solve=solve,
+    )

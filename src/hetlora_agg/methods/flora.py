@@ -1,0 +1,53 @@
+"""`flora`: stacking, exact."""
+
+from hetlora_agg.combining import stack
+from hetlora_agg.components import Components
+from hetlora_agg.registry import method
+from hetlora_agg.types import AggregationResult, result_of
+from hetlora_agg.weighting import client_share, examples
+
+
+@method(
+    reference="arXiv:2409.05976",
+    claims={
+        "mixed_ranks": {},
+        "exact": {},
+        "order": {},
+        "split_client": {},
+        "rescaling": {},
+        "homogeneous": {},
+        "orthogonal": {},
+        "transpose": {},
+        "single_client": {},
+        "gauge": {},
+        "zero_component": {},
+    },
+)
+def flora(c: Components) -> AggregationResult:
+    """Stacks all clients' components: the exact mean of the updates, at rank ``Σ r_k``.
+
+    ``A_g = [p_1 A_1; …; p_K A_K]``, ``B_g = [B_1 … B_K]``, so ``B_g A_g = Σ p_k ΔW_k``.
+
+    Args:
+        c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
+
+    Returns:
+        Factors of rank R, not nested: fold them into the base weight and let the clients draw a
+        fresh LoRA init, or use 'flexlora' for factors that slice.
+
+    Cost: ``R in`` multiplications.
+
+    Example:
+        >>> import torch
+        >>> from hetlora_agg import aggregate
+        >>> small, large = (torch.ones(1, 2), torch.ones(2, 1)), (torch.ones(2, 2), torch.ones(2, 2))
+        >>> aggregate([small, large], "flora")
+        AggregationResult(2x2, rank 3, not nested)
+
+    Reference: FLoRA, Wang et al., NeurIPS 2024, arXiv:2409.05976.
+
+    Fidelity: CODE.
+
+    Deviations: none.
+    """
+    return result_of(stack(c, client_share(c, examples(c))), nested=False)

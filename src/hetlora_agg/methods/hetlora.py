@@ -1,0 +1,54 @@
+"""`hetlora`: zero-padded averages weighted by the size of the update."""
+
+from hetlora_agg.combining import average_factors
+from hetlora_agg.components import Components
+from hetlora_agg.registry import method
+from hetlora_agg.types import AggregationResult, result_of
+from hetlora_agg.weighting import client_share, client_squared_norms, update_norm
+
+
+@method(
+    reference="arXiv:2401.06432",
+    claims={
+        "mixed_ranks": {},
+        "order": {},
+        "rescaling": {},
+        "homogeneous": {},
+        "orthogonal": {},
+        "transpose": {},
+        "single_client": {},
+        "zero_component": {},
+    },
+    statistic=client_squared_norms,
+)
+def hetlora(c: Components, *, per_layer: bool = False) -> AggregationResult:
+    """Averages zero-padded factors, each client weighted by the Frobenius norm of its update.
+
+    ``w_k = ‖ΔW_k‖_F / Σ ‖ΔW‖_F``, ``A_g = Σ w_k pad(A_k)``, ``B_g = Σ w_k pad(B_k)``.
+
+    Args:
+        c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
+        per_layer: norms of each layer apart; by default a client has one weight, from the norm
+            over all its layers.
+
+    Returns:
+        Factors of the largest rank, leading slots for every smaller one.
+
+    Cost: ``(out + in)(Σ r_k² + R n_slots)`` multiply-adds; norms are taken through the factors.
+
+    Example:
+        >>> import torch
+        >>> from hetlora_agg import aggregate
+        >>> one, three = (torch.ones(1, 2), torch.ones(2, 1)), (torch.ones(1, 2), 3 * torch.ones(2, 1))
+        >>> aggregate([one, three], "hetlora").B[0]   # 1/4 · 1 + 3/4 · 3
+        tensor([2.5000])
+
+    Reference: HetLoRA, Cho, Liu, Xu, Fahrezi, Joshi, EMNLP 2024, arXiv:2401.06432.
+
+    Fidelity: PAPER for weighting by sparsity of the update, SECOND for the formula. OURS: if every
+    update is zero, clients share equally.
+
+    Deviations: the clients' own weights play no part, as published. Rank self-pruning is the
+    client's side.
+    """
+    return result_of(average_factors(c, client_share(c, update_norm(c, per_layer=per_layer))))

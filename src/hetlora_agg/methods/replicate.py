@@ -1,0 +1,64 @@
+"""`replicate`: short clients padded with the high-rank clients' own slots."""
+
+from hetlora_agg.checks import fitting_state
+from hetlora_agg.combining import average_factors, carry_over_slots
+from hetlora_agg.components import Components
+from hetlora_agg.registry import method
+from hetlora_agg.types import AggregationResult, LowRank, result_of
+from hetlora_agg.weighting import client_share, coverage, examples, top_share
+
+
+@method(
+    reference="arXiv:2406.17477",
+    claims={
+        "mixed_ranks": {},
+        "consensus": {},
+        "statistical_uncorrelated": {},
+        "order": {},
+        "split_client": {},
+        "rescaling": {},
+        "homogeneous": {},
+        "orthogonal": {},
+        "transpose": {},
+        "single_client": {},
+        "idle_kept": {},
+    },
+)
+def replicate(
+    c: Components, *, previous: LowRank | AggregationResult | None = None
+) -> AggregationResult:
+    """Averages factors padded with the mean of the highest-rank clients instead of zeros.
+
+    ``A_g[j] = Σ_{k∈S_j} p_k A_k[j] + (1 − q_j) D_A[j]``, the same for B, where ``D`` is the
+    data-weighted mean of the clients of the largest rank and ``q_j`` the part of the data whose
+    clients own slot j.
+
+    Args:
+        c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
+        previous: last round's global factors; slots nobody owns this round are taken from them.
+
+    Returns:
+        Factors of the largest rank, leading slots for every smaller one.
+
+    Raises:
+        InputValueError: ``previous`` of another shape.
+
+    Cost: ``(out + in) R n_slots`` multiply-adds.
+
+    Example:
+        >>> import torch
+        >>> from hetlora_agg import aggregate
+        >>> small, large = (torch.ones(1, 2), torch.ones(2, 1)), (torch.ones(2, 2), torch.ones(2, 2))
+        >>> aggregate([small, large], "replicate").B[0]   # slot 1 is not diluted
+        tensor([1., 1.])
+
+    Reference: Byun & Lee, NAACL 2025, arXiv:2406.17477.
+
+    Fidelity: SECOND for the padding, OURS for the closed form and for ``previous``.
+
+    Deviations: none known.
+    """
+    previous = fitting_state("previous", previous, c)
+    mass = examples(c)
+    share = client_share(c, mass) + (1 - coverage(c, mass)) * top_share(c, mass)
+    return result_of(carry_over_slots(average_factors(c, share), c, previous))
