@@ -2,6 +2,8 @@
 
 from hetlora_agg.aggregate import aggregate as aggregate
 from hetlora_agg.components import Components as Components
+from hetlora_agg.diagnostics import compare as compare
+from hetlora_agg.diagnostics import diagnose as diagnose
 from hetlora_agg.distribute import distribute as distribute
 from hetlora_agg.errors import ConvergenceError as ConvergenceError
 from hetlora_agg.errors import HetLoRAError as HetLoRAError
@@ -12,6 +14,8 @@ from hetlora_agg.registry import CLAIMS as CLAIMS
 from hetlora_agg.registry import METHODS as METHODS
 from hetlora_agg.registry import MethodEntry as MethodEntry
 from hetlora_agg.registry import method as method
+from hetlora_agg.reports import Comparison as Comparison
+from hetlora_agg.reports import Report as Report
 from hetlora_agg.types import AggregationResult as AggregationResult
 from hetlora_agg.types import ClientUpdate as ClientUpdate
 from hetlora_agg.types import LowRank as LowRank

@@ -11,6 +11,9 @@ from hetlora_agg.weighting import client_share, examples
 @method(
     reference="arXiv:2305.05644",
     claims={
+        "consensus": {},
+        "statistical_uncorrelated": {},
+        "idle_kept": {},
         "order": {},
         "split_client": {},
         "rescaling": {},
@@ -52,7 +55,8 @@ def fedit(c: Components) -> AggregationResult:
     """
     if len(set(c.ranks)) > 1 or c.n_slots > c.max_rank:
         raise InputValueError(
-            f"fedit: expected clients of equal rank, got ranks {c.ranks}; use 'zeropad' for the "
-            "same average with zero-padding, or 'rb' to leave high ranks undiluted"
+            f"fedit: expected clients of equal rank in the same slots, got ranks {c.ranks} in "
+            f"{c.n_slots} slots; use 'zeropad' "
+            "for the same average with zero-padding, or 'rb' to leave high ranks undiluted"
         )
     return result_of(average_factors(c, client_share(c, examples(c))))

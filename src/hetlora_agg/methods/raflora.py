@@ -15,6 +15,7 @@ from hetlora_agg.weighting import examples, slot_share
 @method(
     reference="arXiv:2602.13486",
     claims={
+        "statistical_uncorrelated": {"rank": "full"},
         "mixed_ranks": {},
         "consensus": {},
         "statistical": {"rank": "full"},

@@ -13,6 +13,7 @@ from hetlora_agg.weighting import dropped_slots, examples, slot_share
 @method(
     reference="acl:2026.findings-eacl.88",
     claims={
+        "statistical_uncorrelated": {"rank": "full"},
         "mixed_ranks": {},
         "consensus": {},
         "statistical": {"rank": "full"},
