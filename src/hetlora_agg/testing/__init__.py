@@ -1,0 +1,87 @@
+"""Tests for anybody's aggregator: state what it promises, `check_aggregator` tries to refute it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from hetlora_agg.errors import InputValueError, unknown_name
+from hetlora_agg.testing.strategies import client_updates as client_updates
+from hetlora_agg.testing.theorems import THEOREMS
+from hetlora_agg.testing.trial import Aggregator, Trial
+from hetlora_agg.testing.trial import Refuted as Refuted
+
+RTOL = 1e-9
+"""Largest accepted error relative to ``Σ p_k ‖B_k‖‖A_k‖``. Float64 rounding, even through an SVD
+cut where the spectrum has a gap of one part in 10⁴, stays far below; a wrong formula far above."""
+
+
+def check_aggregator(
+    aggregator: Aggregator,
+    claims: Iterable[str],
+    *,
+    ranks: Sequence[int] = (1, 3, 2, 3),
+    out_features: int = 9,
+    in_features: int = 8,
+    rtol: float = RTOL,
+) -> None:
+    """Tries to refute each claim on fixed float64 clients; returns None if it cannot.
+
+    Nothing is left to luck: expectations are finite sums over all sign patterns, orders are all
+    permutations, clients are the same in every run.
+
+    Args:
+        aggregator: takes a list of `ClientUpdate` (float64 tensors, mixed scalings and weights) and
+            returns an `AggregationResult`, a `LowRank`, a pair ``(A, B)`` or a dense matrix.
+        claims: names from ``hetlora_agg.CLAIMS``.
+        ranks: the clients' ranks; one to five clients.
+        out_features: rows of the matrices.
+        in_features: columns of the matrices.
+        rtol: largest error accepted, relative to ``Σ p_k ‖B_k‖‖A_k‖``.
+
+    Raises:
+        Refuted: (an AssertionError) which claim does not hold, on what clients, by how much.
+        InputValueError: an unknown claim, or ranks the trial cannot use.
+
+    Example:
+        >>> from functools import partial
+        >>> from hetlora_agg import aggregate
+        >>> check_aggregator(partial(aggregate, method="flora"), ["exact", "order", "gauge"])
+        >>> check_aggregator(partial(aggregate, method="zeropad"), ["exact"])
+        Traceback (most recent call last):
+            ...
+        hetlora_agg.testing.trial.Refuted: claim 'exact' is refuted: generic clients: off by ...
+    """
+    for claim in claims:
+        if claim not in THEOREMS:
+            raise InputValueError(unknown_name("claim", claim, THEOREMS))
+        THEOREMS[claim](Trial(aggregator, ranks, out_features, in_features, rtol))
+
+
+def parametrize_with_checks(
+    aggregators: Mapping[str, tuple[Aggregator, Iterable[str]]], **options: Any
+) -> Any:
+    """A pytest decorator: one test for every claim of every aggregator, as argument ``check``.
+
+    Args:
+        aggregators: name -> (aggregator, its claims).
+        **options: for `check_aggregator`.
+
+    Example:
+        >>> from functools import partial
+        >>> from hetlora_agg import aggregate
+        >>> @parametrize_with_checks({"mine": (partial(aggregate, method="rb"), ["consensus"])})
+        ... def test_my_aggregator(check):
+        ...     check()
+    """
+    import pytest
+
+    cases = [
+        pytest.param(
+            partial(check_aggregator, aggregator, [claim], **options), id=f"{name}-{claim}"
+        )
+        for name, (aggregator, claims) in aggregators.items()
+        for claim in claims
+    ]
+    return pytest.mark.parametrize("check", cases)

@@ -1,0 +1,13 @@
+"""Hypothesis profiles: `ci` by default, HYPOTHESIS_PROFILE=thorough for the long run."""
+
+import os
+
+import torch
+from hypothesis import settings
+
+settings.register_profile("ci", max_examples=200, derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("thorough", max_examples=5000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# Workers share the cores; one thread each keeps them out of each other's way.
+torch.set_num_threads(1)

@@ -1,0 +1,173 @@
+"""The public checker finds planted bugs, and its strategy draws what it promises."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+
+from hetlora_agg import ClientUpdate, InputValueError, LowRank, aggregate
+from hetlora_agg.testing import (
+    Refuted,
+    check_aggregator,
+    client_updates,
+    parametrize_with_checks,
+)
+
+
+def exact_mean(updates):
+    """The right answer, densely: what the planted bugs are variations of."""
+    whole = sum(u.weight for u in updates)
+    return sum(u.weight / whole * u.scaling * (u.B @ u.A) for u in updates)
+
+
+def forgets_scaling(updates):
+    return exact_mean([replace(u, scaling=1.0) for u in updates])
+
+
+def forgets_weights(updates):
+    return exact_mean([replace(u, weight=1.0) for u in updates])
+
+
+def does_not_normalise(updates):
+    return sum(u.weight * u.scaling * (u.B @ u.A) for u in updates)
+
+
+def first_client_only(updates):
+    return exact_mean(updates[:1])
+
+
+def off_by_two_percent(updates):
+    return 1.02 * exact_mean(updates)
+
+
+def drops_sqrt_of_sigma(updates):
+    U, S, Vh = torch.linalg.svd(exact_mean(updates), full_matrices=False)
+    return LowRank(Vh, U * S.sqrt())
+
+
+def takes_v_for_its_transpose(updates):
+    square = exact_mean(updates)[:8, :8]
+    U, S, Vh = torch.linalg.svd(square)
+    return torch.cat([U @ torch.diag(S) @ Vh.mT, exact_mean(updates)[8:]])
+
+
+def truncates(updates):
+    U, S, Vh = torch.linalg.svd(exact_mean(updates), full_matrices=False)
+    return (U[:, :2] * S[:2]) @ Vh[:2]
+
+
+def divides_by_the_number_of_clients(updates):
+    return exact_mean(updates) * 4 / len(updates)
+
+
+def absolute_values(updates):
+    return exact_mean([replace(u, B=u.B.abs()) for u in updates])
+
+
+def hides_nan(updates):
+    return exact_mean(updates) * math.nan
+
+
+def averages_factors(updates):
+    rank = max(u.rank for u in updates)
+    whole = sum(u.weight for u in updates)
+    A = torch.zeros(rank, updates[0].A.shape[1], dtype=torch.float64)
+    B = torch.zeros(updates[0].B.shape[0], rank, dtype=torch.float64)
+    for u in updates:
+        root = math.sqrt(u.scaling)
+        A[: u.rank] += u.weight / whole * root * u.A
+        B[:, : u.rank] += u.weight / whole * root * u.B
+    return A, B
+
+
+PLANTED = [
+    (forgets_scaling, "exact"),
+    (forgets_weights, "split_client"),
+    (does_not_normalise, "rescaling"),
+    (first_client_only, "order"),
+    (off_by_two_percent, "exact"),
+    (drops_sqrt_of_sigma, "homogeneous"),
+    (takes_v_for_its_transpose, "exact"),
+    (truncates, "exact"),
+    (divides_by_the_number_of_clients, "single_client"),
+    (absolute_values, "orthogonal"),
+    (hides_nan, "exact"),
+    (averages_factors, "gauge"),
+    (averages_factors, "consensus"),
+    (averages_factors, "statistical_uncorrelated"),
+    (exact_mean, "consensus"),
+    (exact_mean, "statistical"),
+    (exact_mean, "idle_kept"),
+]
+
+
+@pytest.mark.parametrize(("aggregator", "claim"), PLANTED)
+def test_planted_bug_is_found(aggregator, claim):
+    with pytest.raises(Refuted, match=f"claim '{claim}' is refuted"):
+        check_aggregator(aggregator, [claim])
+
+
+HELD = (
+    "mixed_ranks exact order split_client rescaling homogeneous orthogonal transpose "
+    "single_client gauge zero_component idle_coverage"
+)
+
+
+@pytest.mark.parametrize("claim", HELD.split())
+def test_right_answer_is_not_refuted(claim):
+    check_aggregator(exact_mean, [claim])
+
+
+@parametrize_with_checks(
+    {
+        "rb": (partial(aggregate, method="rb"), ["consensus", "order"]),
+        "mine": (averages_factors, ["idle_coverage_squared", "transpose"]),
+    }
+)
+def test_parametrize_with_checks(check):
+    check()
+
+
+def test_parametrize_names_its_cases():
+    mark = parametrize_with_checks({"mine": (exact_mean, ["exact", "order"])})
+    assert [case.id for case in mark.args[1]] == ["mine-exact", "mine-order"]
+
+
+def test_unknown_claim_names_the_nearest():
+    with pytest.raises(InputValueError, match="unknown claim 'exakt'; did you mean 'exact'"):
+        check_aggregator(exact_mean, ["exakt"])
+
+
+def test_trial_refuses_ranks_it_cannot_use():
+    with pytest.raises(InputValueError, match="1 to 5 ranks of at most 8"):
+        check_aggregator(exact_mean, ["exact"], ranks=(1, 9))
+
+
+def test_aggregator_that_raises_on_mixed_ranks():
+    with pytest.raises(Refuted, match="the aggregator raised"):
+        check_aggregator(partial(aggregate, method="fedit"), ["mixed_ranks"])
+    with pytest.raises(Refuted, match="equal ranks, pass others"):
+        check_aggregator(exact_mean, ["mixed_ranks"], ranks=(2, 2))
+
+
+@given(client_updates(layers=(2,), max_rank=4, max_features=6))
+def test_strategy_draws_valid_updates(updates):
+    assert 1 <= len(updates) <= 5
+    first = updates[0]
+    for u in updates:
+        assert isinstance(u, ClientUpdate)
+        assert u.A.shape == (2, u.rank, first.A.shape[-1])
+        assert u.B.shape == (2, first.B.shape[-2], u.rank)
+        assert u.rank <= 4
+        assert u.weight >= 1
+        assert u.scaling > 0
+        assert u.A.dtype == first.A.dtype
+        assert bool(torch.isfinite(u.A).all() and torch.isfinite(u.B).all())
+
+
+@given(client_updates(equal_ranks=True))
+def test_strategy_draws_equal_ranks(updates):
+    assert len({u.rank for u in updates}) == 1
