@@ -29,7 +29,7 @@ def fedit(c: Components) -> AggregationResult:
     ``A_g = Σ p_k A_k``, ``B_g = Σ p_k B_k``, ``p_k = n_k / Σ n``.
 
     Args:
-        c: clients of one rank; factors ``(*layers, R, in_features)``, ``(*layers, out_features, R)``.
+        c: clients of one rank, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
 
     Returns:
         Factors of the clients' rank; slicing them is the method's own answer for fewer slots.

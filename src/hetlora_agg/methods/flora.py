@@ -38,9 +38,9 @@ def flora(c: Components) -> AggregationResult:
     Cost: ``R in`` multiplications.
 
     Example:
-        >>> import torch
+        >>> from torch import ones
         >>> from hetlora_agg import aggregate
-        >>> small, large = (torch.ones(1, 2), torch.ones(2, 1)), (torch.ones(2, 2), torch.ones(2, 2))
+        >>> small, large = (ones(1, 2), ones(2, 1)), (ones(2, 2), ones(2, 2))
         >>> aggregate([small, large], "flora")
         AggregationResult(2x2, rank 3, not nested)
 

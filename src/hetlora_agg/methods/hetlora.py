@@ -37,10 +37,10 @@ def hetlora(c: Components, *, per_layer: bool = False) -> AggregationResult:
     Cost: ``(out + in)(Σ r_k² + R n_slots)`` multiply-adds; norms are taken through the factors.
 
     Example:
-        >>> import torch
+        >>> from torch import ones
         >>> from hetlora_agg import aggregate
-        >>> one, three = (torch.ones(1, 2), torch.ones(2, 1)), (torch.ones(1, 2), 3 * torch.ones(2, 1))
-        >>> aggregate([one, three], "hetlora").B[0]   # 1/4 · 1 + 3/4 · 3
+        >>> one, three = (ones(1, 2), ones(2, 1)), (ones(1, 2), 3 * ones(2, 1))
+        >>> aggregate([one, three], "hetlora").B[0]  # 1/4 · 1 + 3/4 · 3
         tensor([2.5000])
 
     Reference: HetLoRA, Cho, Liu, Xu, Fahrezi, Joshi, EMNLP 2024, arXiv:2401.06432.

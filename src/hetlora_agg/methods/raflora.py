@@ -37,10 +37,10 @@ def raflora(
     previous: LowRank | AggregationResult | None = None,
     split: str = "balanced",
 ) -> AggregationResult:
-    """Averages each partition of slots over the clients that reach it, then truncates to the top level.
+    """Averages each partition of slots over the clients that reach it, then takes the SVD.
 
     Levels ``R_1 < … < R_M`` cut the slots into partitions h = ``(R_{h−1}, R_h]``;
-    ``ΔW = Σ_h Σ_{k: r_k ≥ R_h} (n_k / N_h) B_k[:, h] A_k[h, :]``, SVD to ``R_M``.
+    ``ΔW = Σ_h Σ_{k: r_k ≥ R_h} (n_k / N_h) B_k[:, h] A_k[h, :]``, cut to rank ``R_M``.
 
     Args:
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.

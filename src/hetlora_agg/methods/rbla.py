@@ -51,9 +51,9 @@ def rbla(
     Cost: ``(out + in) R n_slots`` multiply-adds.
 
     Example:
-        >>> import torch
+        >>> from torch import ones
         >>> from hetlora_agg import aggregate
-        >>> small, large = (torch.ones(1, 2), torch.ones(2, 1)), (torch.ones(2, 2), torch.ones(2, 2))
+        >>> small, large = (ones(1, 2), ones(2, 1)), (ones(2, 2), ones(2, 2))
         >>> aggregate([small, large], "rbla").B[0]
         tensor([1., 1.])
 

@@ -46,10 +46,10 @@ def replicate(
     Cost: ``(out + in) R n_slots`` multiply-adds.
 
     Example:
-        >>> import torch
+        >>> from torch import ones
         >>> from hetlora_agg import aggregate
-        >>> small, large = (torch.ones(1, 2), torch.ones(2, 1)), (torch.ones(2, 2), torch.ones(2, 2))
-        >>> aggregate([small, large], "replicate").B[0]   # slot 1 is not diluted
+        >>> small, large = (ones(1, 2), ones(2, 1)), (ones(2, 2), ones(2, 2))
+        >>> aggregate([small, large], "replicate").B[0]  # slot 1 is not diluted
         tensor([1., 1.])
 
     Reference: Byun & Lee, NAACL 2025, arXiv:2406.17477.

@@ -43,10 +43,10 @@ def zeropad(c: Components, *, weighting: str = "examples") -> AggregationResult:
     Cost: ``(out + in) R n_slots`` multiply-adds.
 
     Example:
-        >>> import torch
+        >>> from torch import ones
         >>> from hetlora_agg import aggregate
-        >>> small, large = (torch.ones(1, 2), torch.ones(2, 1)), (torch.ones(2, 2), torch.ones(2, 2))
-        >>> aggregate([small, large], "zeropad").B[0]   # slot 1 is halved, in both factors
+        >>> small, large = (ones(1, 2), ones(2, 1)), (ones(2, 2), ones(2, 2))
+        >>> aggregate([small, large], "zeropad").B[0]  # slot 1 is halved, in both factors
         tensor([1.0000, 0.5000])
 
     Reference: the "HETLoRA" baselines of RB-LoRA's release, acl:2026.findings-eacl.88.
