@@ -195,6 +195,8 @@ def update_norms(clients: Sequence[Client]) -> list[float]:
 def hetlora(clients: Sequence[Client], norms: Sequence[float] | None = None) -> Matrix:
     """Zero-padded factor means with w_k = ‖ΔW_k‖_F / Σ ‖ΔW‖_F (norms over all layers if given)."""
     norms = update_norms(clients) if norms is None else norms
+    if not any(norms):  # 0/0: the limit of equal norms
+        norms = [1.0] * len(clients)
     A, B = padded_means(fold(clients), [norm / math.fsum(norms) for norm in norms])
     return B @ A
 
