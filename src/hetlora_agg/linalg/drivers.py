@@ -38,15 +38,38 @@ class Solution(NamedTuple):
 
 
 def dense(B: Tensor, A: Tensor, rank: int) -> Solution:
-    """Form W in float64 and take its SVD. Cost ``out·in·(R + min(out, in))`` per member.
+    """Form W in float64, then decompose its smaller side.
 
-    Accuracy: backward stable, singular values to ``max(out, in) ε σ_1`` with the ε of float64.
+    float32 input: ``W Wᵀ = X S² Xᵀ``, ``U = X``, ``Vᵀ = S⁻¹ Xᵀ W`` (transposed where W is tall);
+    members whose wanted singular values are too small for that take the SVD of W, and are named.
+    float64 input: always the SVD of W, backward stable to the ε of float64.
+    Cost ``out·in·(R + min(out, in))`` multiply-adds and one decomposition per member.
     """
-    (U, S, Vh), notes = core_svd(B.double() @ A.double())
+    W = B.double() @ A.double()
+    if B.dtype == torch.float64:
+        (U, S, Vh), notes = core_svd(W)
+    elif W.shape[-2] <= W.shape[-1]:
+        U, S, Vh, notes = _wide(W, rank)
+    else:
+        Vh, S, U, notes = _wide(W.mT, rank)
+        U, Vh = U.mT, Vh.mT
     norm, tail = _norms(S, rank)
-    return Solution(
-        U[..., :rank].to(B.dtype), S[..., :rank], Vh[..., :rank, :].to(B.dtype), norm, tail, notes
-    )
+    U, Vh = U[..., :rank].to(B.dtype), Vh[..., :rank, :].to(B.dtype)
+    return Solution(U, S[..., :rank], Vh, norm, tail, notes)
+
+
+def _wide(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, str]]]:
+    """Leading triplets of a batch with no more rows than columns, through its row space."""
+    values, vectors = psd_eigh(W @ W.mT)
+    U, S = vectors.flip(-1)[..., :rank], values.flip(-1).clamp_min(0).sqrt()
+    Vh = (U.mT @ W) / S[..., :rank, None]
+    slow = (~(S[..., rank - 1] > MIN_SIGMA * S[..., 0])).nonzero().flatten()
+    notes: list[tuple[int, str]] = []
+    if len(slow):
+        (U_slow, S[slow], Vh_slow), climbed = core_svd(W[slow])
+        U[slow], Vh[slow] = U_slow[..., :rank], Vh_slow[..., :rank, :]
+        notes = _renumbered("SVD of W", slow.tolist(), climbed)
+    return U, S, Vh, notes
 
 
 def qr(B: Tensor, A: Tensor, rank: int) -> Solution:
@@ -104,9 +127,7 @@ def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
     if len(slow):
         own = _revealing(B_hat[slow], A_hat[slow], G_B[slow], G_A[slow], D[slow], rank)
         U[slow], S[slow, :rank], Vh[slow], norm[slow], tail[slow] = own[:5]
-        members = slow.tolist()
-        notes = [(m, "rank-revealing eigendecomposition") for m in members]
-        notes += [(members[i], how) for i, how in own.notes]
+        notes = _renumbered("rank-revealing eigendecomposition", slow.tolist(), own.notes)
     scale = scale.squeeze(-1)
     return Solution(
         U.to(B.dtype),
@@ -173,6 +194,13 @@ def _largest(x: Tensor) -> Tensor:
     """Largest entry per member, 1 where all are zero."""
     top = x.amax(-1, keepdim=True)
     return torch.where(top > 0, top, 1.0)
+
+
+def _renumbered(
+    how: str, members: list[int], deeper: list[tuple[int, str]]
+) -> list[tuple[int, str]]:
+    """Notes of the members that left the fast path, and of those that had to go on from there."""
+    return [(m, how) for m in members] + [(members[i], further) for i, further in deeper]
 
 
 def _norms(S: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""``svd_product``: the leading SVD of ``B @ A`` for a whole batch, never forming it if avoidable."""
+"""``svd_product``: the leading SVD of ``B @ A`` for a whole batch, formed only if cheapest."""
 
 from __future__ import annotations
 
@@ -178,6 +178,6 @@ def _check(B: Tensor, A: Tensor, rank: int | None, driver: str) -> None:
 
 def all_finite(X: Tensor) -> bool:
     """Whether every entry is finite; one pass in the usual case."""
-    # A finite sum proves it. An infinite one may be overflow, so only then every entry is looked at.
+    # A finite sum proves it; an infinite one may be overflow, so then every entry is looked at.
     total = X.sum(dtype=torch.float64)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(X).all())

@@ -1,0 +1,1 @@
+"""Measurements behind every performance number in the docs; results in ``results/*.json``."""
