@@ -1,7 +1,7 @@
-"""The exact drivers: three routes to the leading SVD of ``B @ A``, one signature.
+"""The exact drivers: three routes to the leading SVD of ``B @ A``, one signature, all in float64.
 
 Each takes ``B (members, out, R)``, ``A (members, R, in)`` in float32 or float64 and returns a
-`Solution`: vectors in the compute dtype, everything small in float64.
+`Solution`.
 """
 
 from __future__ import annotations
@@ -12,29 +12,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hetlora_agg.linalg.lapack import core_svd, psd_eigh
+from hetlora_agg.linalg.lapack import MemberFailed, Notes, core_svd, psd_eigh
 
 MIN_PIVOT = 1e-5
 """Smallest Cholesky pivot of a unit-diagonal Gram matrix that is trusted: its square, 1e-10, is
 far above float64 rounding, so directions it resolves carry six digits."""
 
 MIN_SIGMA = 1e-5
-"""Smallest σ_r / σ_1 read off an eigendecomposition of W Wᵀ: below it σ² loses half its digits."""
+"""Smallest σ_r, relative to ``Σ ‖b_j‖‖a_j‖``, that is read off an eigendecomposition of ``W Wᵀ``:
+its square, 1e-10, carries six digits, and so does the orthogonality of its vectors."""
 
 
 class Solution(NamedTuple):
-    """Leading triplets of each member, and the whole spectrum's norm.
+    """What a driver found, float64.
 
-    ``U (members, out, r)``, ``S (members, r)`` float64, ``Vh (members, r, in)``; ``norm`` and
-    ``tail`` ``(members,)`` float64; ``notes``: ``(member, how)`` for those off the fast path.
+    ``U (members, out, r)``, ``Vh (members, r, in)``: leading vectors; ``S (members, ≥ r)``: the
+    whole spectrum, descending; ``size (members,)``: ``Σ ‖b_j‖‖a_j‖``, what rounding is relative to;
+    ``notes``: ``(member, how)`` for members that left the fast path.
     """
 
     U: Tensor
     S: Tensor
     Vh: Tensor
-    norm: Tensor
-    tail: Tensor
-    notes: list[tuple[int, str]]
+    size: Tensor
+    notes: Notes
 
 
 def dense(B: Tensor, A: Tensor, rank: int) -> Solution:
@@ -42,53 +43,52 @@ def dense(B: Tensor, A: Tensor, rank: int) -> Solution:
 
     float32 input: ``W Wᵀ = X S² Xᵀ``, ``U = X``, ``Vᵀ = S⁻¹ Xᵀ W`` (transposed where W is tall);
     members whose wanted singular values are too small for that take the SVD of W, and are named.
-    float64 input: always the SVD of W, backward stable to the ε of float64.
-    Cost ``out·in·(R + min(out, in))`` multiply-adds and one decomposition per member.
+    float64 input: always the SVD of W. Cost ``out·in·(R + min(out, in))`` multiply-adds and one
+    decomposition per member. Accuracy: backward stable to the ε of float64.
     """
-    W = B.double() @ A.double()
-    if B.dtype == torch.float64:
+    exact = B.dtype == torch.float64
+    B, A = B.double(), A.double()
+    W, size = B @ A, (_norm(B, -2) * _norm(A, -1)).sum(-1)
+    if exact:
         (U, S, Vh), notes = core_svd(W)
     elif W.shape[-2] <= W.shape[-1]:
-        U, S, Vh, notes = _wide(W, rank)
+        U, S, Vh, notes = _wide(W, size, rank)
     else:
-        Vh, S, U, notes = _wide(W.mT, rank)
-        U, Vh = U.mT, Vh.mT
-    norm, tail = _norms(S, rank)
-    U, Vh = U[..., :rank].to(B.dtype), Vh[..., :rank, :].to(B.dtype)
-    return Solution(U, S[..., :rank], Vh, norm, tail, notes)
+        V, S, Uh, notes = _wide(W.mT, size, rank)
+        U, Vh = Uh.mT, V.mT
+    return Solution(U[..., :rank], S, Vh[..., :rank, :], size, notes)
 
 
-def _wide(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, str]]]:
-    """Leading triplets of a batch with no more rows than columns, through its row space."""
-    values, vectors = psd_eigh(W @ W.mT)
+def _wide(W: Tensor, size: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Notes]:
+    """Leading triplets of a batch with no more rows than columns, through ``W Wᵀ``."""
+    values, vectors, notes = psd_eigh(W @ W.mT)
     U, S = vectors.flip(-1)[..., :rank], values.flip(-1).clamp_min(0).sqrt()
     Vh = (U.mT @ W) / S[..., :rank, None]
-    slow = (~(S[..., rank - 1] > MIN_SIGMA * S[..., 0])).nonzero().flatten()
-    notes: list[tuple[int, str]] = []
-    if len(slow):
-        (U_slow, S[slow], Vh_slow), climbed = core_svd(W[slow])
+    slow = (~(S[..., rank - 1] > MIN_SIGMA * size)).nonzero().flatten().tolist()
+    if slow:
+        with _Renumbered(slow):
+            (U_slow, S[slow], Vh_slow), further = core_svd(W[slow])
         U[slow], Vh[slow] = U_slow[..., :rank], Vh_slow[..., :rank, :]
-        notes = _renumbered("SVD of W", slow.tolist(), climbed)
+        notes = notes + _left("SVD of W", slow, further)
     return U, S, Vh, notes
 
 
 def qr(B: Tensor, A: Tensor, rank: int) -> Solution:
-    """Householder QR of both factors, then the SVD of the small float64 core.
+    """Householder QR of both factors, then the SVD of the small core.
 
     ``B = Q_B T_B``, ``Aᵀ = Q_A T_A``, ``T_B T_Aᵀ = X S Yᵀ``, ``U = Q_B X``, ``V = Q_A Y``.
-    Cost about ``2 (out + in) R² + 2 (out + in) R r`` per member; accurate to the ε of its dtype.
+    Cost about ``2 (out + in)(R² + R r)`` multiply-adds per member. Accuracy: backward stable to
+    the ε of float64.
     """
-    Q_B, T_B = torch.linalg.qr(B)
-    Q_A, T_A = torch.linalg.qr(A.mT)
-    (X, S, Yh), notes = core_svd(T_B.double() @ T_A.double().mT)
-    norm, tail = _norms(S, rank)
-    U = Q_B @ X[..., :rank].to(B.dtype)
-    Vh = Yh[..., :rank, :].to(B.dtype) @ Q_A.mT
-    return Solution(U, S[..., :rank], Vh, norm, tail, notes)
+    Q_B, T_B = torch.linalg.qr(B.double())
+    Q_A, T_A = torch.linalg.qr(A.double().mT)
+    (X, S, Yh), notes = core_svd(T_B @ T_A.mT)
+    size = (_norm(T_B, -2) * _norm(T_A, -2)).sum(-1)
+    return Solution(Q_B @ X[..., :rank], S, Yh[..., :rank, :] @ Q_A.mT, size, notes)
 
 
 def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
-    """Float64 Gram matrices of unit columns: two GEMM passes over the factors, the rest is R×R.
+    """Gram matrices of unit columns: two passes over the factors, the rest is R×R.
 
     ``B = B̂ diag(b)``, ``A = diag(a) Â`` with unit columns and rows, ``D = diag(b a)``,
     ``B̂ᵀB̂ = L Lᵀ``, ``(Lᵀ D) Â Âᵀ (Lᵀ D)ᵀ = X S² Xᵀ``, ``U = B̂ L⁻ᵀ X``, ``Vᵀ = S⁻¹ Xᵀ Lᵀ D Â``.
@@ -110,63 +110,45 @@ def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
     G_A = A_hat @ A_hat.mT
 
     L, info = torch.linalg.cholesky_ex(G_B)
+    # Whoever failed here is solved again below; zeros keep its rows from spoiling the batch.
+    L = torch.where((info == 0)[:, None, None], L, 0.0)
     core = L.mT * D.unsqueeze(-2)
-    H = core @ G_A @ core.mT
-    values, vectors = psd_eigh(torch.where(torch.isfinite(H), H, 0.0))
-    S = values.flip(-1).clamp_min(0).sqrt()
-    X = vectors.flip(-1)[..., :rank]
+    values, vectors, notes = psd_eigh(core @ G_A @ core.mT)
+    S, X = values.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)[..., :rank]
     pivot = L.diagonal(dim1=-2, dim2=-1).amin(-1)
-    fast = (info == 0) & (pivot > MIN_PIVOT) & (S[..., rank - 1] > MIN_SIGMA * S[..., 0])
+    fast = (pivot > MIN_PIVOT) & (S[..., rank - 1] > MIN_SIGMA * D.sum(-1))
+    U = B_hat @ torch.linalg.solve_triangular(L.mT, X, upper=True)
+    Vh = (X.mT @ core / S[..., :rank, None]) @ A_hat
 
-    W_B = torch.linalg.solve_triangular(L.mT, X, upper=True)
-    W_A = (X.mT @ core) / S[..., :rank, None]
-    U, Vh = B_hat @ W_B, W_A @ A_hat
-    norm, tail = _norms(S, rank)
-    notes: list[tuple[int, str]] = []
-    slow = (~fast).nonzero().flatten()
-    if len(slow):
-        own = _revealing(B_hat[slow], A_hat[slow], G_B[slow], G_A[slow], D[slow], rank)
-        U[slow], S[slow, :rank], Vh[slow], norm[slow], tail[slow] = own[:5]
-        notes = _renumbered("rank-revealing eigendecomposition", slow.tolist(), own.notes)
-    scale = scale.squeeze(-1)
-    return Solution(
-        U.to(B.dtype),
-        S[..., :rank] * scale[..., None],
-        Vh.to(B.dtype),
-        norm * scale,
-        tail * scale,
-        notes,
-    )
+    slow = (~fast).nonzero().flatten().tolist()
+    if slow:
+        with _Renumbered(slow):
+            own = _revealing(B_hat[slow], A_hat[slow], G_B[slow], G_A[slow], D[slow], rank)
+        U[slow], S[slow], Vh[slow] = own[:3]
+        notes = notes + _left("rank-revealing eigendecomposition", slow, own[3])
+    return Solution(U, S * scale, Vh, (D * scale).sum(-1), notes)
 
 
 def _revealing(
     B_hat: Tensor, A_hat: Tensor, G_B: Tensor, G_A: Tensor, D: Tensor, rank: int
-) -> Solution:
+) -> tuple[Tensor, Tensor, Tensor, Notes]:
     """The same through orthonormal bases of the numerical ranges of ``B̂`` and ``Âᵀ``."""
-    T_B, T_B_inv = _root(G_B)
-    T_A, T_A_inv = _root(G_A)
+    T_B, T_B_inv, notes_B = _root(G_B)
+    T_A, T_A_inv, notes_A = _root(G_A)
     (X, S, Yh), notes = core_svd(T_B @ (D.unsqueeze(-1) * T_A.mT))
-    # Singular values under the rounding of the core are noise of cancelling or dependent columns.
-    noise = D.shape[-1] * torch.finfo(torch.float64).eps
-    S = torch.where(S > noise, S, 0.0)
-    norm, tail = _norms(S, rank)
-    S = S[..., :rank]
     U = B_hat @ (T_B_inv @ X[..., :rank])
     V = A_hat.mT @ (T_A_inv @ Yh[..., :rank, :].mT)
-    alive = (S > 0).double().unsqueeze(-2)
-    return Solution(
-        _reorthogonalise(U * alive), S, _reorthogonalise(V * alive).mT, norm, tail, notes
-    )
+    return _reorthogonalise(U), S, _reorthogonalise(V).mT, notes_B + notes_A + notes
 
 
-def _root(G: Tensor) -> tuple[Tensor, Tensor]:
+def _root(G: Tensor) -> tuple[Tensor, Tensor, Notes]:
     """``T`` with ``G = TᵀT`` up to rounding, and the right inverse that maps columns to a basis."""
-    values, vectors = psd_eigh(G)
+    values, vectors, notes = psd_eigh(G)
     cut = G.shape[-1] * torch.finfo(torch.float64).eps * values[..., -1:]
     kept = values > cut
     root = torch.where(kept, values, 0.0).sqrt()
     inverse = torch.where(kept, values, 1.0).rsqrt() * kept
-    return root.unsqueeze(-1) * vectors.mT, vectors * inverse.unsqueeze(-2)
+    return root.unsqueeze(-1) * vectors.mT, vectors * inverse.unsqueeze(-2), notes
 
 
 def _reorthogonalise(U: Tensor) -> Tensor:
@@ -176,8 +158,7 @@ def _reorthogonalise(U: Tensor) -> Tensor:
     through them in order leaves the leading ones as they are.
     """
     Q, T = torch.linalg.qr(U)
-    diagonal = T.diagonal(dim1=-2, dim2=-1)
-    ordered: Tensor = Q * diagonal.sign().unsqueeze(-2)
+    ordered: Tensor = Q * T.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     return ordered
 
 
@@ -190,22 +171,34 @@ def _unit(X: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return X / torch.where(size > 0, size, 1.0), (peak * size).squeeze(dim)
 
 
+def _norm(X: Tensor, dim: int) -> Tensor:
+    """Euclidean norms along a dimension, right where squares leave float64."""
+    return _unit(X, dim)[1]
+
+
 def _largest(x: Tensor) -> Tensor:
     """Largest entry per member, 1 where all are zero."""
     top = x.amax(-1, keepdim=True)
     return torch.where(top > 0, top, 1.0)
 
 
-def _renumbered(
-    how: str, members: list[int], deeper: list[tuple[int, str]]
-) -> list[tuple[int, str]]:
+def _left(how: str, members: list[int], further: Notes) -> Notes:
     """Notes of the members that left the fast path, and of those that had to go on from there."""
-    return [(m, how) for m in members] + [(members[i], further) for i, further in deeper]
+    return [(m, how) for m in members] + [(members[i], more) for i, more in further]
 
 
-def _norms(S: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Frobenius norms of everything and of what lies beyond the rank."""
-    return torch.linalg.vector_norm(S, dim=-1), torch.linalg.vector_norm(S[..., rank:], dim=-1)
+class _Renumbered:
+    """Within it, a failure that names a member of the slow few names it in the whole batch."""
+
+    def __init__(self, members: list[int]) -> None:
+        self.members = members
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, MemberFailed):
+            error.member = self.members[error.member]
 
 
 DRIVERS: Mapping[str, Callable[[Tensor, Tensor, int], Solution]] = {

@@ -8,22 +8,31 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from hetlora_agg.errors import ConvergenceError
-
 Triplet = tuple[Tensor, Tensor, Tensor]
 
+Notes = list[tuple[int, str]]
+"""``(member, how)`` for members of a batch that did not take the first route."""
 
-def core_svd(M: Tensor) -> tuple[Triplet, list[tuple[int, str]]]:
-    """Thin SVD of a batch of small float64 matrices, member by member where the batch fails.
+
+class MemberFailed(Exception):
+    """No driver converged on one member of the batch."""
+
+    def __init__(self, member: int) -> None:
+        super().__init__(member)
+        self.member = member
+
+
+def core_svd(M: Tensor) -> tuple[Triplet, Notes]:
+    """Thin SVD of a batch of float64 matrices, member by member where the batch fails.
 
     Args:
         M: ``(members, rows, columns)`` float64, finite.
 
     Returns:
-        ``(U, S, Vh)`` with S descending, and ``(member, how)`` for each that left the first driver.
+        ``(U, S, Vh)`` with S descending, and notes.
 
     Raises:
-        ConvergenceError: every step of the ladder failed for some member.
+        MemberFailed: every step of the ladder failed for some member.
     """
     try:
         return _svd(M), []
@@ -34,15 +43,20 @@ def core_svd(M: Tensor) -> tuple[Triplet, list[tuple[int, str]]]:
     return (parts[0], parts[1], parts[2]), [(i, how) for i, (_, how) in enumerate(solved) if how]
 
 
-def psd_eigh(G: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (ascending) and eigenvectors of a batch of positive semidefinite matrices."""
+def psd_eigh(G: Tensor) -> tuple[Tensor, Tensor, Notes]:
+    """Eigenvalues (ascending) and eigenvectors of a batch of positive semidefinite matrices.
+
+    Raises:
+        MemberFailed: neither eigh nor any SVD converged for some member.
+    """
     try:
         values, vectors = torch.linalg.eigh(G)
     except LinAlgError:
         # For a positive semidefinite matrix the SVD is an eigendecomposition in reverse order.
-        (vectors, values, _), _ = core_svd(G)
-        values, vectors = values.flip(-1), vectors.flip(-1)
-    return values, vectors
+        (vectors, values, _), further = core_svd(G)
+        notes = [(i, "SVD in place of eigh") for i in range(len(G))]
+        return values.flip(-1), vectors.flip(-1), notes + further
+    return values, vectors, []
 
 
 def _svd(M: Tensor) -> Triplet:
@@ -76,7 +90,4 @@ def _climb(M: Tensor, member: int) -> tuple[Triplet, str]:
         except LinAlgError:
             continue
         return triplet, f"{name} on the CPU" if name else ""
-    raise ConvergenceError(
-        f"SVD: no driver converged on batch member {member} ({M.shape[-2]}x{M.shape[-1]}); "
-        "look at that layer's factors for entries of wildly different size"
-    )
+    raise MemberFailed(member)

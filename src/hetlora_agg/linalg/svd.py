@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from hetlora_agg.errors import ConvergenceError, InputTypeError, InputValueError
 from hetlora_agg.linalg.drivers import DRIVERS, Solution
+from hetlora_agg.linalg.lapack import MemberFailed
 from hetlora_agg.linalg.precision import exact_arithmetic
 from hetlora_agg.linalg.select import select_driver
 
@@ -49,7 +49,8 @@ class SVD:
 
     Attributes:
         U: ``(*layers, out_features, rank)``, orthonormal columns.
-        S: ``(*layers, rank)``, descending, exact zeros beyond the numerical rank.
+        S: ``(*layers, rank)``, descending; what lies under the rounding of the float64 sums that
+            make W, ``max(out, in) ε Σ ‖b_j‖‖a_j‖``, is exactly zero.
         Vh: ``(*layers, rank, in_features)``, orthonormal rows. Where S is zero, so are the
             component's U and Vh.
         solve: driver, norms and fallbacks.
@@ -95,30 +96,62 @@ def svd_product(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "au
     if driver == "auto":
         driver = select_driver(out, columns, R, rank, dtype, B.device.type)
     with exact_arithmetic(B.device.type):
-        parts = [
-            DRIVERS[driver](b.to(dtype), a.to(dtype), rank)
-            for b, a in _chunks(B.reshape(-1, out, R), A.reshape(-1, R, columns))
-        ]
-        solution = parts[0] if len(parts) == 1 else _joined(parts)
-        return _finish(solution, B.shape[:-2], driver)
+        solved = _solve(B.reshape(-1, out, R), A.reshape(-1, R, columns), rank, driver)
+        return _finish(solved, B.shape[:-2], rank, dtype, driver)
 
 
-def _finish(solution: Solution, layers: torch.Size, driver: str) -> SVD:
-    """Fix signs, zero dead components, give the leading dimensions back."""
-    U, S64, Vh, norm, tail, notes = solution
-    S = S64.to(U.dtype)
-    if not bool(torch.isfinite(S).all()):
+def _solve(B: Tensor, A: Tensor, rank: int, driver: str) -> Solution:
+    """All members, a chunk at a time; a member that fails is named in the whole batch."""
+    parts: list[Solution] = []
+    for b, a in _chunks(B, A):
+        before = sum(len(part.S) for part in parts)
+        wide = b.dtype == torch.float64
+        try:
+            part = DRIVERS[driver](b if wide else b.float(), a if wide else a.float(), rank)
+        except MemberFailed as error:
+            raise ConvergenceError(
+                f"svd_product: no driver converged on batch member {before + error.member} "
+                f"({B.shape[-2]}x{A.shape[-1]}, R = {B.shape[-1]}); look at that layer's factors "
+                "for entries of wildly different size"
+            ) from error
+        parts.append(part._replace(notes=[(before + i, how) for i, how in part.notes]))
+    if len(parts) == 1:
+        return parts[0]
+    U, S, Vh, size = (torch.cat(p) for p in list(zip(*parts, strict=True))[:4])
+    return Solution(U, S, Vh, size, [note for part in parts for note in part.notes])
+
+
+def _finish(
+    solution: Solution, layers: torch.Size, rank: int, dtype: torch.dtype, driver: str
+) -> SVD:
+    """Cut what is rounding, fix signs, cast, give the leading dimensions back."""
+    U, S, Vh, size, notes = solution
+    # Under the rounding of the sums that make W a singular value is noise of dependent or
+    # cancelling columns; relative to the size of the terms, since W itself may cancel.
+    noise = max(U.shape[-2], Vh.shape[-1]) * torch.finfo(torch.float64).eps * size
+    S = torch.where(S > noise.unsqueeze(-1), S, 0.0)
+    # Relative to σ_1, so that no square leaves float64.
+    top = S[..., :1]
+    relative = torch.where(top > 0, S / top, 0.0)
+    norm = torch.linalg.vector_norm(relative, dim=-1) * top.squeeze(-1)
+    tail = torch.linalg.vector_norm(relative[..., rank:], dim=-1) * top.squeeze(-1)
+    leading = S[..., :rank].to(dtype)
+    if not bool(torch.isfinite(leading).all()):
         raise ConvergenceError(
-            f"svd_product: a singular value of {float(S64.max()):.3g} is beyond "
-            f"{torch.finfo(U.dtype).max:.3g}, the largest {U.dtype}; scale the factors down or "
-            "pass them as float64"
+            f"svd_product: a singular value of {float(S.max()):.3g} is beyond "
+            f"{torch.finfo(dtype).max:.3g}, the largest {dtype}; scale the factors down or pass "
+            "them as float64"
         )
     peak = U.gather(-2, U.abs().argmax(-2, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0).to(U) * (S > 0).unsqueeze(-2)
+    alive = (leading > 0).unsqueeze(-2)
+    sign = torch.where(peak < 0, -1.0, 1.0).to(U)
+    # where, not a product: a dead component may hold anything.
+    U = torch.where(alive, U * sign, 0.0).to(dtype)
+    Vh = torch.where(alive.mT, Vh * sign.mT, 0.0).to(dtype)
     return SVD(
-        (U * sign).reshape(*layers, *U.shape[-2:]),
-        S.reshape(*layers, S.shape[-1]),
-        (Vh * sign.mT).reshape(*layers, *Vh.shape[-2:]),
+        U.reshape(*layers, *U.shape[-2:]),
+        leading.reshape(*layers, rank),
+        Vh.reshape(*layers, *Vh.shape[-2:]),
         Solve(driver, norm.reshape(layers), tail.reshape(layers), tuple(notes)),
     )
 
@@ -130,14 +163,6 @@ def _chunks(B: Tensor, A: Tensor) -> list[tuple[Tensor, Tensor]]:
     per_member = 16 * (out + A.shape[-1]) * R + 24 * R * R
     size = max(1, WORKSPACE_BYTES // max(1, per_member))
     return list(zip(torch.split(B, size), torch.split(A, size), strict=True))
-
-
-def _joined(parts: list[Solution]) -> Solution:
-    """Chunks put together, members numbered through."""
-    U, S, Vh, norm, tail = (torch.cat(p) for p in list(zip(*parts, strict=True))[:5])
-    before = accumulate((len(part.S) for part in parts), initial=0)
-    notes = [(n + i, how) for n, part in zip(before, parts, strict=False) for i, how in part.notes]
-    return Solution(U, S, Vh, norm, tail, notes)
 
 
 def _check(B: Tensor, A: Tensor, rank: int | None, driver: str) -> None:

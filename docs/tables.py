@@ -1,0 +1,125 @@
+"""Regenerate the tables of README.md and docs/ from the registry and the committed results.
+
+``python docs/tables.py`` rewrites what stands between ``<!-- table: name -->`` and ``<!-- end -->``;
+``--check`` only says whether anything is out of date.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hetlora_agg import METHODS
+
+PROJECT = Path(__file__).parent.parent
+RESULTS = PROJECT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/methods.md", "docs/performance.md")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def claim(entry: Any, name: str) -> str:
+    """yes, no, or the options under which the claim holds."""
+    if name not in entry.claims:
+        return "–"
+    options = entry.claims[name]
+    return "yes" if not options else ", ".join(f"`{k}={v!r}`" for k, v in options.items())
+
+
+def methods() -> str:
+    """One line per registered method."""
+    shown = ("mixed_ranks", "exact", "consensus", "statistical", "gauge")
+    head = ["method", "what it does", "mixed ranks", "exact", "consensus", "unbiased under noise"]
+    rows = [
+        [f"`{name}`", entry.summary, *(claim(entry, c) for c in shown), entry.reference]
+        for name, entry in sorted(METHODS.items())
+    ]
+    return markdown([*head, "gauge-invariant", "source"], rows)
+
+
+def method_cards() -> str:
+    """Everything the docstrings say, method by method."""
+    cards = []
+    for name, entry in sorted(METHODS.items()):
+        claims = [c if not o else f"{c} (with {o})" for c, o in sorted(entry.claims.items())]
+        text = inspect.getdoc(entry.run) or ""
+        text = re.sub(r"\nExample:\n(?:    .*\n|\n)*(?=\S)", "\n", text)
+        cards.append(f"## `{name}`\n\n```text\n{text}\n\nClaims: {', '.join(claims)}.\n```")
+    return "\n\n".join(cards)
+
+
+def drivers() -> str:
+    """The driver benchmark, as multiples of LB."""
+    document = json.loads((RESULTS / "drivers.json").read_text())
+    names = ("auto", "qr", "dense", "peer QR loop", "peer dense loop")
+    rows = []
+    for row in document["results"]["workloads"]:
+        times = row["times_LB"]
+        shape = f"{row['layers']} × {row['out']}×{row['in']}, R = {row['R']}, r = {row['rank']}"
+        rows.append(
+            [row["workload"], shape, row["driver"], f"{row['LB_ms']:.2f}"]
+            + [f"{times[n]:.1f}" if n in times else "–" for n in names]
+            + [f"{row['faster_than_qr_loop']:.1f}×", f"{row['excess']:.0e}"]
+            + [f"{row['excess_qr_loop']:.0e}"]
+        )
+    head = ["workload", "size", "auto picks", "LB ms", *names, "against the QR loop"]
+    return markdown([*head, "excess error", "its excess error"], rows)
+
+
+def crossover() -> str:
+    """Milliseconds per layer of the three drivers over R / min(out, in)."""
+    document = json.loads((RESULTS / "drivers.json").read_text())
+    rows = [
+        [str(row["size"]), f"{row['R/size']:g}", *(f"{t:.2f}" for t in row["ms"].values())]
+        for row in document["results"]["crossover"]
+    ]
+    return markdown(["out = in", "R / in", "gram ms", "qr ms", "dense ms"], rows)
+
+
+def machine() -> str:
+    """What the driver benchmark ran on."""
+    m = json.loads((RESULTS / "drivers.json").read_text())["machine"]
+    return f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, commit {m['commit']}."
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (methods, method_cards, drivers, crossover, machine)
+}
+
+
+def rebuilt(text: str) -> str:
+    """A page with every generated part made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.S)
+
+
+def main(check: bool) -> int:
+    """Rewrite the pages, or with check return 1 if one is out of date."""
+    stale = []
+    for page in PAGES:
+        path = PROJECT / page
+        text = path.read_text()
+        new = rebuilt(text)
+        if new != text:
+            stale.append(page)
+            if not check:
+                path.write_text(new)
+    verb = "out of date" if check else "rewritten"
+    print("\n".join(f"{verb}: {page}" for page in stale) or "all tables are current")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
