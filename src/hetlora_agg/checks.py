@@ -1,25 +1,70 @@
-"""Checks of options, one line each at the place that uses them."""
+"""Reading of single values and options, one line each at the place that uses them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from hetlora_agg.components import Components
 from hetlora_agg.errors import InputTypeError, InputValueError, unknown_name
+from hetlora_agg.linalg import all_finite
 from hetlora_agg.types import AggregationResult, LowRank
 
 
-def check_fraction(name: str, value: float) -> None:
-    """Refuse what is not in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise InputValueError(f"{name}=: expected a number in (0, 1], got {value!r}")
+def as_integer(value: Any, what: str, at_least: int | None = None) -> int:
+    """The value as a Python int; numpy integers and one-element integer tensors are integers."""
+    expected = "an integer" if at_least is None else f"an integer of at least {at_least}"
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError as error:
+        raise InputTypeError(f"{what}: expected {expected}, got {value!r}") from error
+    if at_least is not None and number < at_least:
+        raise InputValueError(f"{what}: expected {expected}, got {value!r}")
+    return number
 
 
-def check_count(name: str, value: int) -> None:
-    """Refuse what is not an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputValueError(f"{name}=: expected an integer of at least 1, got {value!r}")
+def as_number(value: Any, what: str, *, zero: bool) -> float:
+    """The value as a finite float, above zero or, with ``zero``, not below it."""
+    expected = f"a finite number {'>= 0' if zero else '> 0'}"
+    if isinstance(value, (bool, np.bool_, str, bytes)):
+        raise InputTypeError(f"{what}: expected {expected}, got {value!r}")
+    try:
+        number = float(value.detach() if isinstance(value, Tensor) else value)
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputTypeError(f"{what}: expected {expected}, got {value!r}") from error
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise InputValueError(f"{what}: expected {expected}, got {value!r}")
+    return number
+
+
+def as_fraction(value: Any, what: str) -> float:
+    """The value as a float in (0, 1]."""
+    try:
+        number = as_number(value, what, zero=False)
+    except InputValueError:
+        number = math.nan
+    if not number <= 1:
+        raise InputValueError(f"{what}: expected a number in (0, 1], got {value!r}")
+    return number
+
+
+def as_list(values: Any, what: str) -> list[Any]:
+    """The values as a list; a string or a single number is none."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise InputTypeError(f"{what}: expected a list, got {values!r}")
+    try:
+        return list(values)
+    except TypeError as error:
+        raise InputTypeError(f"{what}: expected a list, got {values!r}") from error
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -38,21 +83,33 @@ def fitting_state(name: str, state: Any, c: Components) -> LowRank | None:
     """
     if state is None:
         return None
+    return as_state(state, f"{name}=", (*c.layers, c.B.shape[-2], c.A.shape[-1])).to(c.A)
+
+
+def as_state(state: Any, what: str, shape: tuple[int, ...]) -> LowRank:
+    """A `LowRank`, or a nested result's factors, of the given dense shape and finite."""
     if isinstance(state, AggregationResult):
         if not state.nested:
             raise InputValueError(
-                f"{name}=: that result is not nested, so its components are not slots; "
-                "pass the factors that were distributed"
+                f"{what}: that result is not nested, so its components are not slots; pass the "
+                "factors that were distributed"
             )
         state = state.factors
     if not isinstance(state, LowRank):
         raise InputTypeError(
-            f"{name}=: expected a LowRank or an AggregationResult, got {type(state).__name__}"
+            f"{what}: expected a LowRank or an AggregationResult, got {type(state).__name__}"
         )
-    expected = (*c.layers, c.B.shape[-2], c.A.shape[-1])
-    if state.dense_shape != expected:
+    if state.A.shape[-2] != state.B.shape[-1]:
         raise InputValueError(
-            f"{name}=: expected (*layers, out_features, in_features) = {expected} as the clients "
+            f"{what}: the rows of A and the columns of B differ: {tuple(state.A.shape)}, "
+            f"{tuple(state.B.shape)}"
+        )
+    if state.dense_shape != shape:
+        raise InputValueError(
+            f"{what}: expected (*layers, out_features, in_features) = {shape} as the clients "
             f"have, got {state.dense_shape}"
         )
-    return state.to(c.A)
+    factors: LowRank = state.torch()
+    if not (all_finite(factors.A) and all_finite(factors.B)):
+        raise InputValueError(f"{what}: NaN or Inf in the factors; pass the last good round's")
+    return factors

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hetlora_agg.checks import check_choice, check_count, check_fraction
+from hetlora_agg.checks import as_fraction, as_integer, check_choice
 from hetlora_agg.errors import InputValueError
 from hetlora_agg.linalg import SPLITS, svd_product
 from hetlora_agg.types import Compressed, LowRank
@@ -84,22 +84,24 @@ def divide(
 def _cap(rank: Rank, default: int | None, energy: float | None) -> int | None:
     """The rank to solve for; None is no truncation."""
     if energy is not None:
-        check_fraction("energy", energy)
+        as_fraction(energy, "energy=")
     if rank is None:
         return default if energy is None else None
     if isinstance(rank, str):
         if rank != "full":
             raise InputValueError(f"rank=: expected an integer, 'full' or None, got {rank!r}")
         return None
-    check_count("rank", rank)
-    return rank
+    return as_integer(rank, "rank=", at_least=1)
 
 
 def _ranks_for(whole: Compressed, energy: float) -> Tensor:
     """Smallest rank per layer whose squared singular values reach the share ``energy``."""
-    reached = whole.singular_values.double().square().cumsum(-1)
-    total = reached[..., -1] + whole.solve.tail.square()
-    short = (reached < energy * total.unsqueeze(-1)).sum(-1)
+    # Relative to σ_1: nothing depends on the unit, and no square leaves float64.
+    S = whole.singular_values.double()
+    top = torch.where(S[..., :1] > 0, S[..., :1], 1.0)
+    reached = (S / top).square().cumsum(-1)
+    total = reached[..., -1] + (whole.solve.tail / top.squeeze(-1)).square()
+    short = (reached < float(energy) * total.unsqueeze(-1)).sum(-1)
     return (short + 1).clamp_max(whole.rank)
 
 
@@ -108,11 +110,18 @@ def _cut(whole: Compressed, ranks: Tensor) -> Compressed:
     width = int(ranks.max())
     kept = torch.arange(whole.rank, device=ranks.device) < ranks.unsqueeze(-1)
     S = whole.singular_values * kept
-    gone = torch.where(kept, 0.0, whole.singular_values.double()).square().sum(-1)
+    gone = torch.where(kept, 0.0, whole.singular_values.double())
     return Compressed(
         A=whole.A[..., :width, :],
         B=(whole.B * kept.unsqueeze(-2))[..., :width],
         singular_values=S[..., :width],
         ranks=ranks,
-        solve=replace(whole.solve, tail=(whole.solve.tail.square() + gone).sqrt()),
+        solve=replace(whole.solve, tail=_hypot(whole.solve.tail, gone)),
     )
+
+
+def _hypot(tail: Tensor, gone: Tensor) -> Tensor:
+    """Norm of ``tail (*layers,)`` and ``gone (*layers, r)`` together, in range throughout."""
+    top = gone.amax(-1)
+    relative = gone / torch.where(top > 0, top, 1.0).unsqueeze(-1)
+    return torch.hypot(tail, top * relative.square().sum(-1).sqrt())

@@ -150,8 +150,10 @@ def _layer_report(name: str | None, updates: Iterable[Any], result: Any) -> Laye
 def _measured(
     name: str | None, c: Components, total: LowRank, result: AggregationResult
 ) -> LayerReport:
-    share = client_share(c, examples(c))
-    mean = stack(c, share)
+    # In float64 from the updates themselves, so that exact methods show their rounding too.
+    c = c.with_factors(c.A.double(), c.B.double())
+    total = total.to(c.A)
+    mean = stack(c, client_share(c, examples(c)))
     difference = total.minus(mean)
     norms = _over_layers(client_squared_norms(c)).sqrt()
     inner = component_inner_products(c.B, c.A, total.B, total.A)
@@ -184,8 +186,9 @@ def _kept(result: AggregationResult) -> tuple[float, float]:
     """Squared norm kept and squared norm of everything; equal where nothing was discarded."""
     if result.solve is None or result.residual is not None:
         return 1.0, 1.0
-    whole = float(result.solve.norm.square().sum())
-    return whole - float(result.solve.tail.square().sum()), whole
+    norm, tail = torch.as_tensor(result.solve.norm), torch.as_tensor(result.solve.tail)
+    whole = float(norm.square().sum())
+    return whole - float(tail.square().sum()), whole
 
 
 def _over_layers(x: Tensor) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hetlora_agg.checks import as_integer, as_list, as_number
 from hetlora_agg.errors import InputTypeError, InputValueError
+from hetlora_agg.linalg import all_finite
 from hetlora_agg.types import AggregationResult, LowRank
 
 
@@ -56,12 +56,23 @@ def distribute(
         raise InputTypeError(
             f"distribute: expected an AggregationResult, got {type(result).__name__}"
         )
-    ranks = [_rank(k, rank) for k, rank in enumerate(ranks)]
-    scalings = [1.0] * len(ranks) if scalings is None else list(scalings)
-    if len(scalings) != len(ranks):
-        raise InputValueError(
-            f"distribute: expected one scaling per client, got {len(scalings)} for {len(ranks)}"
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputTypeError(
+            f"distribute: expected a torch.Generator as generator, got {type(generator).__name__}"
         )
+    ranks = [
+        as_integer(rank, f"distribute: client {k}: rank", at_least=1)
+        for k, rank in enumerate(as_list(ranks, "distribute: ranks"))
+    ]
+    given = [1.0] * len(ranks) if scalings is None else as_list(scalings, "distribute: scalings")
+    if len(given) != len(ranks):
+        raise InputValueError(
+            f"distribute: expected one scaling per client, got {len(given)} for {len(ranks)}"
+        )
+    divisors = [
+        as_number(scaling, f"distribute: client {k}: scaling", zero=False)
+        for k, scaling in enumerate(given)
+    ]
     short = [k for k, rank in enumerate(ranks) if rank < result.rank]
     if short and not result.nested:
         raise InputValueError(
@@ -73,8 +84,8 @@ def distribute(
     factors = result.factors.torch()
     wide = _padded(factors, max(ranks, default=0), generator)
     handed = [
-        _cut(wide, rank, factors.rank, _scaling(k, s))
-        for k, (rank, s) in enumerate(zip(ranks, scalings, strict=True))
+        _cut(wide, k, rank, factors.rank, scaling)
+        for k, (rank, scaling) in enumerate(zip(ranks, divisors, strict=True))
     ]
     return handed if isinstance(result.A, Tensor) else [low_rank.numpy() for low_rank in handed]
 
@@ -86,35 +97,32 @@ def _padded(factors: LowRank, rank: int, generator: torch.Generator | None) -> L
         return factors
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     bound = 1 / math.sqrt(factors.in_features)
-    shape = (*factors.layers, extra, factors.in_features)
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
-    rows = (2 * uniform - 1) * bound
+    # Slot by slot, so that a slot's row does not depend on how many more are drawn.
+    rows = [
+        torch.rand(
+            (*factors.layers, 1, factors.in_features),
+            generator=generator,
+            dtype=torch.float64,
+            device=generator.device,
+        )
+        for _ in range(extra)
+    ]
+    A = (2 * torch.cat(rows, dim=-2) - 1) * bound
     zeros = factors.B.new_zeros((*factors.layers, factors.out_features, extra))
-    return factors.plus(LowRank(rows.to(factors.A), zeros))
+    return factors.plus(LowRank(A.to(factors.A), zeros))
 
 
-def _cut(wide: LowRank, rank: int, global_rank: int, scaling: float) -> LowRank:
+def _cut(wide: LowRank, k: int, rank: int, global_rank: int, scaling: float) -> LowRank:
     """The leading components, scaling divided out of those that carry an update."""
+    # Division in float64: the root of a scaling may lie outside the dtype.
     root = math.sqrt(scaling)
     divide = [root if j < global_rank else 1.0 for j in range(rank)]
-    divisor = torch.tensor(divide, dtype=wide.A.dtype, device=wide.A.device)
-    A = wide.A[..., :rank, :] / divisor.unsqueeze(-1)
-    return LowRank(A, wide.B[..., :rank] / divisor)
-
-
-def _rank(k: int, rank: Any) -> int:
-    if isinstance(rank, bool) or not hasattr(rank, "__index__"):
-        raise InputTypeError(f"distribute: client {k}: expected an integer rank, got {rank!r}")
-    number = operator.index(rank)
-    if number < 1:
-        raise InputValueError(f"distribute: client {k}: expected a rank of at least 1, got {rank}")
-    return number
-
-
-def _scaling(k: int, scaling: float) -> float:
-    number = float(scaling)
-    if not math.isfinite(number) or number <= 0:
+    divisor = torch.tensor(divide, dtype=torch.float64, device=wide.A.device)
+    A = (wide.A[..., :rank, :] / divisor.unsqueeze(-1)).to(wide.A.dtype)
+    B = (wide.B[..., :rank] / divisor).to(wide.B.dtype)
+    if not (all_finite(A) and all_finite(B)):
         raise InputValueError(
-            f"distribute: client {k}: expected a finite scaling > 0, got {scaling!r}"
+            f"distribute: client {k}: its scaling of {scaling:.3g} takes the factors beyond "
+            f"{wide.A.dtype}; distribute in a wider dtype"
         )
-    return number
+    return LowRank(A, B)

@@ -51,6 +51,7 @@ class Intake:
             raise InputValueError(
                 "no client is left: every one has weight 0"
                 + (" or was dropped for NaN or Inf" if without else "")
+                + ", or lacks the layer" * any(_rank(update) == 0 for update in self.updates)
                 + "; pass at least one update with a positive weight"
             )
         A, B = self.A, self.B
@@ -76,6 +77,12 @@ class Intake:
                 f"method {name!r}: expected it to return an AggregationResult or a LowRank, got "
                 f"{type(result).__name__}"
             )
+        expected = (*self.A.shape[:-2], self.B.shape[-2], self.A.shape[-1])
+        if result.factors.dense_shape != expected:
+            raise InputValueError(
+                f"method {name!r}: expected it to return (*layers, out_features, in_features) = "
+                f"{expected}, got {result.factors.dense_shape}"
+            )
         factors = self._cast(result.factors, name)
         residual = None if result.residual is None else self._cast(result.residual, name)
         return replace(
@@ -86,8 +93,9 @@ class Intake:
         cast = LowRank(low_rank.A.to(self.dtype), low_rank.B.to(self.dtype))
         if not (all_finite(cast.A) and all_finite(cast.B)):
             raise ConvergenceError(
-                f"method {name!r}: the result has entries beyond {torch.finfo(self.dtype).max:.3g}, "
-                f"the largest {self.dtype}; pass the updates in a wider dtype"
+                f"method {name!r}: the result has entries beyond "
+                f"{torch.finfo(self.dtype).max:.3g}, the largest {self.dtype}; pass the updates "
+                "in a wider dtype"
             )
         return cast
 
@@ -116,10 +124,11 @@ def collect(updates: Sequence[ClientUpdate], layers: Sequence[str] | None = None
     bad = _bad_clients(updates, A, B, peaks_A, peaks_B, layers)
     _check_padding(updates, peaks_A * peaks_B, layers)
     root = _per_component(updates, [math.sqrt(u.scaling) for u in updates], A.device)
-    _check_range(updates, peaks_A * root, peaks_B * root, compute, layers)
+    _check_range(updates, peaks_A, peaks_B, root, compute, layers)
     if any(u.scaling != 1 for u in updates):
         # Into both factors alike: product-space methods do not mind, factor-space ones need it.
-        A, B = A * root.to(compute).unsqueeze(-1), B * root.to(compute)
+        # In float64, since the root of a scaling may lie outside the dtype though A and B do not.
+        A, B = (A * root.unsqueeze(-1)).to(compute), (B * root).to(compute)
     size = min(B.shape[-2], A.shape[-1])
     notes = tuple(
         f"client {name_of(k, u)!r}: rank {_rank(u)} is above min(out, in) = {size}"
@@ -170,8 +179,11 @@ def _bad_clients(
         for k, (update, piece) in enumerate(zip(updates, pieces, strict=True)):
             wrong = ~torch.isfinite(piece)
             if bool(wrong.any()) and name_of(k, update) not in bad:
+                layer = None
+                if layers:
+                    place = int(wrong.nonzero()[0, 0])
+                    layer, wrong = layers[place], wrong[place]
                 first = wrong.nonzero()[0].tolist()
-                layer = layers[first.pop(0)] if layers else None
                 bad[name_of(k, update)] = (
                     f"{where(k, update.id, layer, factor)}{int(wrong.sum())} NaN or Inf entries, "
                     f"first at {tuple(first)}"
@@ -198,6 +210,7 @@ def _check_range(
     updates: Sequence[ClientUpdate],
     peaks_A: Tensor,
     peaks_B: Tensor,
+    root: Tensor,
     compute: torch.dtype,
     layers: Sequence[str] | None,
 ) -> None:
@@ -205,8 +218,9 @@ def _check_range(
     largest = torch.finfo(compute).max
     # In logarithms: the product itself may leave float64. NaN and Inf were reported already.
     finite = torch.isfinite(peaks_A) & torch.isfinite(peaks_B)
-    exceeds = peaks_A.log2() + peaks_B.log2() > math.log2(largest)
-    failing = finite & (exceeds | (peaks_A > largest) | (peaks_B > largest))
+    log_A, log_B = (peaks.log2() + root.log2() for peaks in (peaks_A, peaks_B))
+    exceeds = torch.maximum(torch.maximum(log_A, log_B), log_A + log_B) > math.log2(largest)
+    failing = finite & exceeds
     if bool(failing.any()):
         k, layer, component = _first(updates, failing, layers)
         raise InputValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import hetlora_agg.methods  # noqa: F401  (enters every method in METHODS)
-from hetlora_agg.checks import check_choice, check_count
+from hetlora_agg.checks import as_integer, as_state, check_choice
 from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.intake import collect, name_of
 from hetlora_agg.registry import Run, check_options, resolve
@@ -64,7 +64,12 @@ def aggregate_layers(
     entry = resolve(method)
     check_options(entry, options)
     if max_group is not None:
-        check_count("max_group", max_group)
+        max_group = as_integer(max_group, "max_group=", at_least=1)
+    for name, value in options.items():
+        if isinstance(value, (LowRank, AggregationResult)):
+            raise InputTypeError(
+                f"{name}=: expected a mapping by layer name, got one {type(value).__name__}"
+            )
     read, numpy = _read_layers(layers, max_rank)
     read = _complete(read, missing)
     state = {k: v for k, v in options.items() if isinstance(v, Mapping)}
@@ -94,13 +99,14 @@ def _read_layers(
 def _complete(layers: Layers, missing: str) -> Layers:
     """Apply the policy for clients that lack a layer."""
     check_choice("missing", missing, MISSING)
-    everyone: dict[Hashable, ClientUpdate] = {}
+    weights: dict[Hashable, set[float]] = {}
     for updates in layers.values():
-        everyone.update({name_of(k, u): u for k, u in enumerate(updates)})
+        for k, update in enumerate(updates):
+            weights.setdefault(name_of(k, update), set()).add(update.weight)
     completed: Layers = {}
     for layer, updates in layers.items():
         present = {name_of(k, u) for k, u in enumerate(updates)}
-        absent = [name for name in everyone if name not in present]
+        absent = [name for name in weights if name not in present]
         if not absent or missing == "renormalise":
             completed[layer] = updates
         elif missing == "error":
@@ -109,8 +115,7 @@ def _complete(layers: Layers, missing: str) -> Layers:
                 'what that means with missing="zero" or missing="renormalise"'
             )
         else:
-            like = updates[0]
-            zeros = [_zero_update(like, name, everyone[name].weight) for name in absent]
+            zeros = [_zero_update(updates[0], layer, name, weights[name]) for name in absent]
             completed[layer] = sorted([*updates, *zeros], key=id_order)
         if absent and any(u.id is None for u in updates):
             raise InputValueError(
@@ -120,8 +125,16 @@ def _complete(layers: Layers, missing: str) -> Layers:
     return completed
 
 
-def _zero_update(like: ClientUpdate, name: Hashable, weight: float) -> ClientUpdate:
+def _zero_update(
+    like: ClientUpdate, layer: str, name: Hashable, weights: set[float]
+) -> ClientUpdate:
     """A client that counts in a layer but has no component there."""
+    if len(weights) > 1:
+        raise InputValueError(
+            f"layer {layer!r}: client {name!r} lacks it and has different weights in other layers, "
+            f"{sorted(weights)}; give it one weight"
+        )
+    (weight,) = weights
     return ClientUpdate(
         like.A[..., :0, :], like.B[..., :0], rank=0, weight=weight, slots=(), id=name
     )
@@ -135,27 +148,9 @@ def _layer_state(option: str, given: Mapping[str, Any], layers: Layers) -> dict[
             raise InputValueError(
                 f"{option}=: expected an entry for every layer, layer {layer!r} has none"
             )
-        value = given[layer]
-        if isinstance(value, AggregationResult):
-            if not value.nested:
-                raise InputValueError(
-                    f"{option}=, layer {layer!r}: that result is not nested, so its components "
-                    "are not slots; pass the factors that were distributed"
-                )
-            value = value.factors
-        if not isinstance(value, LowRank):
-            raise InputTypeError(
-                f"{option}=, layer {layer!r}: expected a LowRank or an AggregationResult, got "
-                f"{type(value).__name__}"
-            )
         first = updates[0]
-        expected = (*first.B.shape[:-1], first.A.shape[-1])
-        if value.dense_shape != expected:
-            raise InputValueError(
-                f"{option}=, layer {layer!r}: expected (*layers, out_features, in_features) = "
-                f"{expected} as the clients have, got {value.dense_shape}"
-            )
-        state[layer] = value.torch()
+        shape = (*first.B.shape[:-1], first.A.shape[-1])
+        state[layer] = as_state(given[layer], f"{option}=, layer {layer!r}", shape)
     return state
 
 

@@ -134,6 +134,10 @@ def resolve(method: str | Run) -> MethodEntry:
     for entry in METHODS.values():
         if entry.run is method:
             return entry
+    try:
+        inspect.signature(method)
+    except ValueError as error:
+        raise InputTypeError(f"method: {method!r} is no function of Components") from error
     return MethodEntry(getattr(method, "__name__", "method"), method, "", {})
 
 

@@ -123,7 +123,7 @@ class Report:
         return "\n\n".join(parts)
 
     def _layer_table(self) -> tuple[list[str], list[list[str]]]:
-        head = ["layer", "client ranks", "rank", "energy kept", "distance from exact mean"]
+        head = ["layer", "client ranks", "rank", "kept by truncation", "distance from exact mean"]
         rows = [
             [
                 layer.layer or "-",
@@ -153,7 +153,7 @@ class Report:
         return (
             f"Report({len(self.layers)} layer{'s' * (len(self.layers) != 1)}, rank "
             f"{'/'.join(map(str, ranks))}, {self.relative_distance:.3g} from the exact mean, "
-            f"{self.energy_kept:.1%} of the energy kept)"
+            f"{self.energy_kept:.1%} of the energy kept by truncation)"
         )
 
     def _repr_html_(self) -> str:
@@ -193,7 +193,7 @@ class Comparison:
         return "\n".join([text_table(*self._table()), *skipped])
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        head = ["method", "rank", "distance from exact mean", "energy kept", "nested", "ms"]
+        head = ["method", "rank", "distance from exact mean", "kept by truncation", "nested", "ms"]
         rows = [
             [
                 row.method,

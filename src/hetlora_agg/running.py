@@ -50,8 +50,12 @@ def to_numpy(result: AggregationResult) -> AggregationResult:
     def array(x: Any) -> Any:
         return None if x is None else x.numpy() if isinstance(x, LowRank) else x.numpy(force=True)
 
+    solve = result.solve
+    if solve is not None:
+        solve = replace(solve, norm=array(solve.norm), tail=array(solve.tail))
     return replace(
         result,
+        solve=solve,
         factors=array(result.factors),
         residual=array(result.residual),
         singular_values=array(result.singular_values),

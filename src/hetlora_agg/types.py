@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,7 +125,7 @@ class LowRank:
         """The same factors as torch tensors; shares memory with numpy arrays."""
         if isinstance(self.A, Tensor):
             return self
-        return LowRank(torch.from_numpy(self.A), torch.from_numpy(self.B))
+        return LowRank(from_numpy(self.A), from_numpy(self.B))
 
     def numpy(self) -> LowRank:
         """The same factors as numpy arrays."""
@@ -213,6 +214,15 @@ class AggregationResult:
         if self.excluded:
             notes.append(f"{len(self.excluded)} clients excluded")
         return f"AggregationResult({size}, {', '.join(notes)})"
+
+
+def from_numpy(X: Any) -> Tensor:
+    """The array as a tensor; shares its memory unless torch cannot take it as it is."""
+    # torch takes no negative or odd strides, no foreign byte order, and warns of read-only arrays.
+    odd = any(stride < 0 or stride % X.itemsize for stride in X.strides)
+    if odd or not X.flags.writeable or not X.dtype.isnative:
+        X = np.array(X, dtype=X.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(X)
 
 
 def result_of(factors: LowRank, **fields: Any) -> AggregationResult:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
@@ -13,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hetlora_agg.checks import as_integer, as_list, as_number
 from hetlora_agg.errors import InputTypeError, InputValueError
-from hetlora_agg.types import ClientUpdate, LowRank
+from hetlora_agg.types import ClientUpdate, LowRank, from_numpy
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -45,6 +44,7 @@ def read_updates(
     _check_common(read, layer)
     _check_ids(read, layer)
     _check_registered(read, layer, max_rank)
+    _check_slots(read, layer)
     if all(update.id is not None for update in read):
         read.sort(key=id_order)
     return read, all(isinstance(X, np.ndarray) for u in listed for X in (u.A, u.B))
@@ -98,8 +98,8 @@ def _read(k: int, given: ClientUpdate, layer: str | None) -> ClientUpdate:
         A=A,
         B=B,
         rank=rank,
-        weight=_number(given.weight, "weight", here, least_is_allowed=True),
-        scaling=_number(given.scaling, "scaling", here, least_is_allowed=False),
+        weight=as_number(given.weight, f"{here}weight", zero=True),
+        scaling=as_number(given.scaling, f"{here}scaling", zero=False),
         slots=_slots(given.slots, rank, here),
     )
 
@@ -108,10 +108,7 @@ def _tensor(X: Any, here: str) -> Tensor:
     if isinstance(X, np.ndarray):
         if X.dtype.kind != "f" or X.dtype.itemsize > 8:
             raise InputTypeError(f"{here}expected float16, float32 or float64, got {X.dtype}")
-        # torch takes no negative strides, no foreign byte order, and warns of read-only arrays.
-        if not X.flags.writeable or min(X.strides, default=0) < 0 or not X.dtype.isnative:
-            X = np.array(X, dtype=X.dtype.newbyteorder("="), order="C")
-        return torch.from_numpy(X)
+        return from_numpy(X)
     if not isinstance(X, Tensor):
         raise InputTypeError(
             f"{here}expected a torch tensor or a numpy array, got {type(X).__name__}"
@@ -155,9 +152,7 @@ def _check_shapes(A: Tensor, B: Tensor, here: str) -> None:
 def _rank(declared: Any, rows: int, here: str) -> int:
     if declared is None:
         return rows
-    if isinstance(declared, (bool, np.bool_)) or not hasattr(declared, "__index__"):
-        raise InputTypeError(f"{here}rank: expected an integer, got {declared!r}")
-    rank = operator.index(declared)
+    rank = as_integer(declared, f"{here}rank")
     if not 1 <= rank <= rows:
         raise InputValueError(
             f"{here}rank: expected 1 to {rows}, the rows of lora_A, got {rank}; leave rank out to "
@@ -166,28 +161,13 @@ def _rank(declared: Any, rows: int, here: str) -> int:
     return rank
 
 
-def _number(value: Any, name: str, here: str, *, least_is_allowed: bool) -> float:
-    bound = ">= 0" if least_is_allowed else "> 0"
-    if isinstance(value, (bool, np.bool_, str, bytes)):
-        raise InputTypeError(f"{here}{name}: expected a number {bound}, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputTypeError(f"{here}{name}: expected a number {bound}, got {value!r}") from error
-    if not math.isfinite(number) or number < 0 or (number == 0 and not least_is_allowed):
-        raise InputValueError(f"{here}{name}: expected a finite number {bound}, got {value!r}")
-    return number
-
-
 def _slots(slots: Any, rank: int, here: str) -> tuple[int, ...]:
     if slots is None:
         return tuple(range(rank))
-    try:
-        listed = tuple(operator.index(slot) for slot in slots)
-    except TypeError as error:
-        raise InputTypeError(f"{here}slots: expected integers from 0, got {slots!r}") from error
+    listed = tuple(
+        as_integer(slot, f"{here}slots: expected integers from 0, got {slots!r}")
+        for slot in as_list(slots, f"{here}slots: expected integers from 0, got {slots!r}")
+    )
     if len(listed) != rank or len(set(listed)) != rank or min(listed) < 0:
         raise InputValueError(
             f"{here}slots: expected {rank} distinct integers from 0, one for each component, got "
@@ -209,7 +189,8 @@ def _check_common(updates: list[ClientUpdate], layer: str | None) -> None:
         if found != usual:
             (layers, out, columns), (layers_found, out_found, columns_found) = usual, found
             hint = "all clients of a layer must have its size"
-            if (out, columns) == (columns_found, out_found) and out != columns:
+            lone = update.A.shape[-2]
+            if (out, columns) == (columns_found, out_found) or lone == out == columns:
                 hint = "it looks transposed: the order is (A, B) with A (rank, in_features)"
             if layers != layers_found:
                 hint = "leading dimensions (*layers) must be equal on all clients"
@@ -227,6 +208,20 @@ def _check_common(updates: list[ClientUpdate], layer: str | None) -> None:
                     f"{where(k, update.id, layer, factor)}is on {X.device}, the others are on "
                     f"{home}; move it with .to({str(home)!r})"
                 )
+
+
+def _check_slots(updates: list[ClientUpdate], layer: str | None) -> None:
+    """A slot far beyond any rank would cost memory for all the empty ones before it."""
+    first = updates[0]
+    components = sum(update.A.shape[-2] for update in updates)
+    most = max(first.B.shape[-2], first.A.shape[-1], components)
+    for k, update in enumerate(updates):
+        slot = max(update.slots or (0,))
+        if slot >= most:
+            raise InputValueError(
+                f"{where(k, update.id, layer)}slot {slot} is beyond {most}, more than any global "
+                "rank; number slots from 0"
+            )
 
 
 def _check_ids(updates: list[ClientUpdate], layer: str | None) -> None:
@@ -247,21 +242,30 @@ def _check_registered(
     layer: str | None,
     max_rank: int | Mapping[Hashable, int] | None,
 ) -> None:
-    """A declared rank above the registered one would own the extra slots alone."""
+    """A rank or a slot above the registered one would be owned by that client alone."""
     if max_rank is None:
         return
+    registered = {
+        name: as_integer(most, f"{_at(layer)}max_rank=", at_least=1)
+        for name, most in (max_rank if isinstance(max_rank, Mapping) else {None: max_rank}).items()
+    }
     for k, update in enumerate(updates):
-        name = k if update.id is None else update.id
-        if isinstance(max_rank, Mapping) and name not in max_rank:
+        name = None if not isinstance(max_rank, Mapping) else k if update.id is None else update.id
+        if name not in registered:
             raise InputValueError(
                 f"{where(k, update.id, layer)}not in max_rank=; register its rank under {name!r}"
             )
-        most = max_rank[name] if isinstance(max_rank, Mapping) else max_rank
-        rank = update.rank or 0
+        rank, most = update.rank or 0, registered[name]
         if rank > most:
             raise InputValueError(
                 f"{where(k, update.id, layer)}declares rank {rank}, above the registered {most}; "
                 "truncate its update or raise max_rank="
+            )
+        slot = max(update.slots or (0,))
+        if slot >= max(registered.values()):
+            raise InputValueError(
+                f"{where(k, update.id, layer)}fills slot {slot} (from 0), above the registered "
+                f"{max(registered.values())}; raise max_rank="
             )
 
 

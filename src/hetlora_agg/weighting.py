@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hetlora_agg.checks import check_count, check_fraction
+from hetlora_agg.checks import as_fraction, as_integer
 from hetlora_agg.components import Components
-from hetlora_agg.linalg import squared_norms
+from hetlora_agg.errors import InputValueError
+from hetlora_agg.linalg import component_peaks, squared_norms
 
 
 def examples(c: Components) -> Tensor:
@@ -39,7 +40,22 @@ def client_squared_norms(c: Components) -> Tensor:
     for clients, components in c.rank_groups:
         A, B = c.of_clients(components)
         squares[..., clients] = squared_norms(B, A)
+    if c.A.dtype == torch.float64:
+        _check_squares(c, squares)
     return squares
+
+
+def _check_squares(c: Components, squares: Tensor) -> None:
+    """Squares of float64 norms may leave float64 at either end; those of float32 cannot."""
+    small = torch.finfo(torch.float64).tiny
+    peaks_B, peaks_A = component_peaks(c.B, c.A)
+    owners = torch.arange(len(c.ranks), device=c.A.device)[:, None] == c.client
+    present = ((peaks_B > 0) & (peaks_A > 0)).double() @ owners.double().mT > 0
+    if not bool((torch.isfinite(squares) & ((squares > small) | ~present)).all()):
+        raise InputValueError(
+            "update norms: the square of a client's norm leaves float64; bring the updates to a "
+            "usual size"
+        )
 
 
 def over_all_layers(c: Components, statistic: Callable[[Components], Tensor]) -> Tensor:
@@ -91,8 +107,7 @@ def slot_share(
         relative = torch.where(top > 0, of_component / top, 1.0)
         share = relative / (relative @ c.slot.mT)[..., c.slot_index]
     if floor is not None:
-        check_fraction("floor", floor)
-        share = torch.minimum(share, client_share(c, mass) / floor)
+        share = torch.minimum(share, client_share(c, mass) / as_fraction(floor, "floor="))
     if quorum is not None:
         empty = set(dropped_slots(c, quorum))
         share = share * share.new_tensor([slot not in empty for slot in c.slots])
@@ -114,5 +129,5 @@ def dropped_slots(c: Components, quorum: int | None) -> tuple[int, ...]:
     """Slots somebody fills, but fewer clients than the quorum."""
     if quorum is None:
         return ()
-    check_count("quorum", quorum)
-    return tuple(sorted(s for s, owners in Counter(c.slots).items() if owners < quorum))
+    least = as_integer(quorum, "quorum=", at_least=1)
+    return tuple(sorted(slot for slot, owners in Counter(c.slots).items() if owners < least))

@@ -53,7 +53,8 @@ def fedit(c: Components) -> AggregationResult:
     Deviations: none. The cross terms ``B_k A_l`` are the method's, not ours: two clients with the
     same update written with opposite signs average to something else altogether.
     """
-    if len(set(c.ranks)) > 1 or c.n_slots > c.max_rank:
+    # A client that lacks the layer counts as a zero update there, and has no rank to differ.
+    if len(set(c.ranks) - {0}) > 1 or c.n_slots > c.max_rank:
         raise InputValueError(
             f"fedit: expected clients of equal rank in the same slots, got ranks {c.ranks} in "
             f"{c.n_slots} slots; use 'zeropad' "

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hetlora_agg.checks import check_count, fitting_state
+from hetlora_agg.checks import as_integer, as_list, fitting_state
 from hetlora_agg.combining import carry_over, stack
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
@@ -90,8 +90,7 @@ def _checked_levels(
                 "raflora: previous= needs levels=, the ranks configured for all clients"
             )
         return c.ranks
-    for level in levels:
-        check_count("levels", level)
+    levels = [as_integer(level, "levels=", at_least=1) for level in as_list(levels, "levels=")]
     for id, rank in zip(c.ids, c.ranks, strict=True):
         if rank not in levels and rank:
             raise InputValueError(
