@@ -1,0 +1,291 @@
+"""The command line `hetlora-agg`: the one module that prints.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 the command
+was written wrongly, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from hetlora_agg import METHODS, HetLoRAError, __version__
+from hetlora_agg.plotting import plot_simulation, require_matplotlib
+from hetlora_agg.simulate import (
+    Settings,
+    SimulationResult,
+    record_of,
+    simulate_many,
+    table_of,
+)
+
+PROGRAM = "hetlora-agg"
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+class Failure(Exception):
+    """The command was understood and could not be carried out."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on `argv` (None: the process's own) and return the exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except HetLoRAError as error:
+        return _complain(error, USAGE)
+    except BrokenPipeError:
+        # The reader, `head` say, has seen enough; Python would complain again on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (Failure, ImportError, OSError) as error:
+        return _complain(error, FAILED)
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    return 0
+
+
+def _complain(message: object, code: int) -> int:
+    print(f"{PROGRAM}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_complain(f"{message}; see {self.prog} --help", USAGE))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog=PROGRAM, description="Aggregate LoRA updates of different ranks.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_methods(commands.add_parser("methods", help="list the aggregation methods"))
+    _add_simulate(
+        commands.add_parser(
+            "simulate",
+            help="train a small federation on real digits and compare methods",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+    )
+    return parser
+
+
+# ---- methods -------------------------------------------------------------------------------------
+
+
+def _add_methods(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_methods)
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    """Print every method: what it is, what it claims, its options, its source."""
+    if arguments.json:
+        rows = [
+            {
+                "name": entry.name,
+                "summary": entry.summary,
+                "claims": {claim: dict(options) for claim, options in entry.claims.items()},
+                "options": list(entry.options),
+                "reference": entry.reference,
+                "fidelity": entry.fidelity,
+            }
+            for entry in METHODS.values()
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    columns = max(60, shutil.get_terminal_size(fallback=(100, 24)).columns)
+    width = max(len(name) for name in METHODS)
+    for entry in METHODS.values():
+        print(f"{entry.name:{width}}  {entry.summary}")
+        for title, items in (
+            ("claims", [_claim(*claim) for claim in entry.claims.items()]),
+            ("options", entry.options),
+            ("source", [entry.reference]),
+        ):
+            margin = f"{'':{width}}  {title:9}"
+            print(
+                textwrap.fill(
+                    ", ".join(items) or "none",
+                    columns,
+                    initial_indent=margin,
+                    subsequent_indent=" " * len(margin),
+                    break_on_hyphens=False,
+                )
+            )
+
+
+def _claim(claim: str, options: Mapping[str, Any]) -> str:
+    """`claim`, or `claim (option=value)` where it holds under an option only."""
+    needed = ", ".join(f"{name}={value}" for name, value in options.items())
+    return f"{claim} ({needed})" if needed else claim
+
+
+# ---- simulate ------------------------------------------------------------------------------------
+
+
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    ranks = ",".join(map(str, Settings.ranks))
+    add("--methods", default="all", help="names separated by commas, or all")
+    add("--ranks", type=_integers, default=ranks, help="one rank per client")
+    add("--rounds", type=int, default=Settings.rounds, help="communication rounds")
+    add("--local-epochs", type=int, default=Settings.local_epochs, help="epochs per round")
+    add("--dirichlet", type=float, default=Settings.dirichlet, help="label skew: small is skewed")
+    add("--participation", type=float, default=Settings.participation, help="share of clients")
+    add("--lora-alpha", type=float, default=Settings.lora_alpha, help="scaling is this over rank")
+    add("--seeds", type=_integers, default="0,1,2", help="every method runs once per seed")
+    add("--out", type=Path, metavar="DIR", help="write simulation.json and simulation.png there")
+    add("--force", action="store_true", help="overwrite the files in DIR")
+    add("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_simulate)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers separated by commas, got {text!r}"
+        ) from None
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    """Run every method for every seed; print the table, write the JSON and the picture."""
+    names = list(METHODS) if arguments.methods == "all" else arguments.methods.split(",")
+    if arguments.out is not None:
+        _check_free(arguments.out, arguments.force)
+    runs = _run_seeds(names, arguments)
+    record = record_of(runs)
+    text = json.dumps(record, indent=2, allow_nan=False)
+    print(text if arguments.json else table_of(record))
+    if not record["methods"]:
+        raise Failure("none of these methods can take these clients; choose others, or other ranks")
+    if arguments.out is not None:
+        picture = io.BytesIO()
+        plot_simulation(runs).savefig(picture, format="png")
+        for path, data in zip(
+            _targets(arguments.out), (text.encode(), picture.getvalue()), strict=True
+        ):
+            _write(path, data)
+            print(f"wrote {path}", file=sys.stderr)
+
+
+def _run_seeds(
+    names: Sequence[str], arguments: argparse.Namespace
+) -> dict[str, list[SimulationResult]]:
+    """Method -> one result per seed; the methods of a seed share data, start and participation."""
+    runs: dict[str, list[SimulationResult]] = {name: [] for name in names}
+    progress = _Progress(len(arguments.seeds), len(names), arguments.rounds)
+    # Matrices this small gain nothing from threads, and one gives everybody the same numbers.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for seed in arguments.seeds:
+            progress.seed = seed
+            results = simulate_many(
+                names,
+                ranks=arguments.ranks,
+                rounds=arguments.rounds,
+                local_epochs=arguments.local_epochs,
+                dirichlet=arguments.dirichlet,
+                participation=arguments.participation,
+                lora_alpha=arguments.lora_alpha,
+                seed=seed,
+                progress=progress,
+            )
+            progress.finish_seed()
+            for name, result in results.items():
+                runs[name].append(result)
+    finally:
+        torch.set_num_threads(threads)
+        progress.close()
+    return runs
+
+
+class _Progress:
+    """A bar when stderr is a terminal, one line per finished run when it is not."""
+
+    def __init__(self, seeds: int, methods: int, rounds: int) -> None:
+        self.rounds = rounds
+        self.per_seed = methods * rounds
+        self.finished = 0
+        self.seed = 0
+        self.bar = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError as error:
+                raise ImportError(
+                    'the progress bar needs tqdm; do: pip install "hetlora-agg[sim]"'
+                ) from error
+            # A terminal that says it is 0 x 0, as some containers do, still gets a bar.
+            columns, lines = shutil.get_terminal_size()
+            self.bar = tqdm(
+                total=seeds * self.per_seed,
+                unit="round",
+                file=sys.stderr,
+                ncols=columns,
+                nrows=lines,
+            )
+
+    def finish_seed(self) -> None:
+        """Count the rounds of skipped methods as done."""
+        self.finished += self.per_seed
+        if self.bar is not None:
+            self.bar.update(self.finished - self.bar.n)
+
+    def __call__(self, label: str, round_: int, accuracy: float) -> None:
+        if self.bar is not None:
+            self.bar.set_description(f"seed {self.seed} {label}", refresh=False)
+            self.bar.set_postfix_str(f"accuracy {accuracy:.3f}", refresh=False)
+            self.bar.update()
+        elif round_ == self.rounds:
+            print(
+                f"seed {self.seed}  {label}  {round_} rounds  accuracy {accuracy:.3f}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leave the terminal on a fresh line."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _check_free(out: Path, force: bool) -> None:
+    """Find out before the long run, not after it, that the files cannot be written."""
+    require_matplotlib()
+    taken = [str(path) for path in _targets(out) if path.exists()]
+    if taken and not force:
+        raise Failure(f"{' and '.join(taken)}: exists already; choose another --out or add --force")
+    if out.exists() and not out.is_dir():
+        raise Failure(f"{out}: expected a directory or nothing, got a file; choose another --out")
+
+
+def _targets(out: Path) -> tuple[Path, Path]:
+    return out / "simulation.json", out / "simulation.png"
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
