@@ -1,6 +1,6 @@
 """Regenerate the tables of README.md and docs/ from the registry and the committed results.
 
-``python docs/tables.py`` rewrites what stands between ``<!-- table: name -->`` and ``<!-- end -->``;
+``python docs/tables.py`` rewrites what stands between a ``table: name`` comment and an ``end`` one;
 ``--check`` only says whether anything is out of date.
 """
 
