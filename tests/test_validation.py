@@ -911,10 +911,15 @@ def test_previous_that_does_not_fit(method, options, previous, match, error):
         aggregate(clients(), method, previous=previous, **options)
 
 
-@with_state
-def test_previous_whose_factors_do_not_fit_each_other(method, options):
-    with refused("previous=", HetLoRAError):
-        aggregate(clients(), method, previous=LowRank(GOOD.A[:3], GOOD.B), **options)
+def test_factors_that_do_not_fit_each_other_are_no_low_rank():
+    for A, B in (
+        (GOOD.A[:3], GOOD.B),
+        (GOOD.A, GOOD.B.unsqueeze(0)),
+        ([1.0], GOOD.B),
+        (GOOD.A[0], GOOD.B),
+    ):
+        with refused(r"LowRank: expected A \(\*layers, rank, in_features\) and B", HetLoRAError):
+            LowRank(A, B)
 
 
 @with_state

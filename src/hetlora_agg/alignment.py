@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from hetlora_agg.checks import check_choice
 from hetlora_agg.components import Components
-from hetlora_agg.linalg import SPLITS, svd_product
+from hetlora_agg.linalg import SPLITS, leading_svd
 
 
 def own_svd(c: Components) -> Components:
@@ -18,14 +18,14 @@ def own_svd(c: Components) -> Components:
     A, B = c.A.clone(), c.B.clone()
     for _, components in c.rank_groups:
         A_sent, B_sent = c.of_clients(components)
-        svd = svd_product(B_sent, A_sent)
+        svd = leading_svd(B_sent, A_sent)
         B_own, A_own = SPLITS["balanced"](svd.U, svd.S, svd.Vh)
         r = svd.S.shape[-1]
         # A client's rank may exceed min(out, in): components beyond the thin SVD are zero.
         A[..., components, :] = 0.0
         B.mT[..., components, :] = 0.0
-        A[..., components[:, :r], :] = A_own
-        B.mT[..., components[:, :r], :] = B_own.mT
+        A[..., components[:, :r], :] = A_own.to(A.dtype)
+        B.mT[..., components[:, :r], :] = B_own.mT.to(B.dtype)
     return c.with_factors(A, B)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from hetlora_agg.components import Components
-from hetlora_agg.errors import InputTypeError, InputValueError, unknown_name
+from hetlora_agg.errors import InputTypeError, InputValueError, OptionValueError, unknown_name
 from hetlora_agg.linalg import all_finite
 from hetlora_agg.types import AggregationResult, LowRank
 
@@ -26,7 +26,7 @@ def as_integer(value: Any, what: str, at_least: int | None = None) -> int:
     except TypeError as error:
         raise InputTypeError(f"{what}: expected {expected}, got {value!r}") from error
     if at_least is not None and number < at_least:
-        raise InputValueError(f"{what}: expected {expected}, got {value!r}")
+        raise _refusal(what, f"expected {expected}, got {value!r}")
     return number
 
 
@@ -42,7 +42,7 @@ def as_number(value: Any, what: str, *, zero: bool) -> float:
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputTypeError(f"{what}: expected {expected}, got {value!r}") from error
     if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-        raise InputValueError(f"{what}: expected {expected}, got {value!r}")
+        raise _refusal(what, f"expected {expected}, got {value!r}")
     return number
 
 
@@ -53,7 +53,7 @@ def as_fraction(value: Any, what: str) -> float:
     except InputValueError:
         number = math.nan
     if not number <= 1:
-        raise InputValueError(f"{what}: expected a number in (0, 1], got {value!r}")
+        raise _refusal(what, f"expected a number in (0, 1], got {value!r}")
     return number
 
 
@@ -70,7 +70,13 @@ def as_list(values: Any, what: str) -> list[Any]:
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse what is not among the choices, naming the nearest."""
     if value not in choices:
-        raise InputValueError(unknown_name(f"{name}=", value, choices))
+        raise OptionValueError(unknown_name(f"{name}=", value, choices))
+
+
+def _refusal(what: str, why: str) -> InputValueError:
+    """The error for a wrong value; options are those whose name ends in "="."""
+    kind = OptionValueError if what.endswith("=") else InputValueError
+    return kind(f"{what}: {why}")
 
 
 def fitting_state(name: str, state: Any, c: Components) -> LowRank | None:
@@ -90,7 +96,7 @@ def as_state(state: Any, what: str, shape: tuple[int, ...]) -> LowRank:
     """A `LowRank`, or a nested result's factors, of the given dense shape and finite."""
     if isinstance(state, AggregationResult):
         if not state.nested:
-            raise InputValueError(
+            raise OptionValueError(
                 f"{what}: that result is not nested, so its components are not slots; pass the "
                 "factors that were distributed"
             )
@@ -99,17 +105,12 @@ def as_state(state: Any, what: str, shape: tuple[int, ...]) -> LowRank:
         raise InputTypeError(
             f"{what}: expected a LowRank or an AggregationResult, got {type(state).__name__}"
         )
-    if state.A.shape[-2] != state.B.shape[-1]:
-        raise InputValueError(
-            f"{what}: the rows of A and the columns of B differ: {tuple(state.A.shape)}, "
-            f"{tuple(state.B.shape)}"
-        )
     if state.dense_shape != shape:
-        raise InputValueError(
+        raise OptionValueError(
             f"{what}: expected (*layers, out_features, in_features) = {shape} as the clients "
             f"have, got {state.dense_shape}"
         )
     factors: LowRank = state.torch()
     if not (all_finite(factors.A) and all_finite(factors.B)):
-        raise InputValueError(f"{what}: NaN or Inf in the factors; pass the last good round's")
+        raise OptionValueError(f"{what}: NaN or Inf in the factors; pass the last good round's")
     return factors

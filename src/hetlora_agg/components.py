@@ -72,17 +72,27 @@ class Components:
         """The same clients with other factors of the same shapes."""
         return replace(self, A=A, B=B)
 
+    @property
+    def slots_by_client(self) -> list[tuple[int, ...]]:
+        """Each client's slots."""
+        starts = accumulate(self.ranks, initial=0)
+        return [self.slots[i : i + r] for i, r in zip(starts, self.ranks, strict=False)]
+
     @cached_property
     def rank_groups(self) -> list[tuple[Tensor, Tensor]]:
         """Clients of equal rank: ``(clients (n,), their components (n, rank))``, rank 0 left out.
 
+        A client's components come in the order of their slots.
         Each group is one batch, so work per client is a few batched calls however many clients.
         """
         starts = [0, *accumulate(self.ranks)]
         groups = []
         for rank in sorted(set(self.ranks) - {0}):
             members = [k for k, r in enumerate(self.ranks) if r == rank]
-            rows = [list(range(starts[k], starts[k] + rank)) for k in members]
+            rows = [
+                sorted(range(starts[k], starts[k] + rank), key=self.slots.__getitem__)
+                for k in members
+            ]
             device = self.A.device
             groups.append((torch.tensor(members, device=device), torch.tensor(rows, device=device)))
         return groups

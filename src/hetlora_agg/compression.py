@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.checks import as_fraction, as_integer, check_choice
-from hetlora_agg.errors import InputValueError
-from hetlora_agg.linalg import SPLITS, svd_product
+from hetlora_agg.errors import OptionValueError
+from hetlora_agg.linalg import SPLITS, as_dtype, leading_svd
 from hetlora_agg.types import Compressed, LowRank
 
 Rank = int | Literal["full"] | None
@@ -47,9 +47,10 @@ def compress(
         tensor([3., 2.])
     """
     check_choice("split", split, sorted(SPLITS))
-    svd = svd_product(low_rank.B, low_rank.A, _cap(rank, default, energy), driver)
-    B, A = SPLITS[split](svd.U, svd.S, svd.Vh)
-    whole = Compressed(A, B, singular_values=svd.S, ranks=None, solve=svd.solve)
+    svd = leading_svd(low_rank.B, low_rank.A, _cap(rank, default, energy), driver)
+    B, A = (factor.to(svd.U.dtype) for factor in SPLITS[split](svd.U, svd.S, svd.Vh))
+    S = as_dtype(svd.S, svd.U.dtype)
+    whole = Compressed(A, B, singular_values=S, ranks=None, solve=svd.solve)
     return whole if energy is None else _cut(whole, _ranks_for(whole, energy))
 
 
@@ -89,7 +90,7 @@ def _cap(rank: Rank, default: int | None, energy: float | None) -> int | None:
         return default if energy is None else None
     if isinstance(rank, str):
         if rank != "full":
-            raise InputValueError(f"rank=: expected an integer, 'full' or None, got {rank!r}")
+            raise OptionValueError(f"rank=: expected an integer, 'full' or None, got {rank!r}")
         return None
     return as_integer(rank, "rank=", at_least=1)
 

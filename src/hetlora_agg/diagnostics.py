@@ -12,20 +12,32 @@ from torch import Tensor
 from hetlora_agg.aggregate import aggregate
 from hetlora_agg.combining import stack
 from hetlora_agg.components import Components
-from hetlora_agg.errors import HetLoRAError, InputTypeError, InputValueError, unknown_name
+from hetlora_agg.errors import (
+    InputTypeError,
+    InputValueError,
+    OptionValueError,
+    unknown_name,
+)
 from hetlora_agg.intake import collect
-from hetlora_agg.layers import aggregate_layers
+from hetlora_agg.layers import aggregate_layers, read_layers
 from hetlora_agg.linalg import component_inner_products, exact_arithmetic, product_norm, svd_product
 from hetlora_agg.registry import METHODS, MethodEntry, Run, resolve
 from hetlora_agg.reports import Comparison, LayerReport, Report, Row
-from hetlora_agg.types import AggregationResult, LowRank
+from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank
 from hetlora_agg.validation import read_updates
-from hetlora_agg.weighting import client_share, client_squared_norms, examples
+from hetlora_agg.weighting import (
+    client_share,
+    client_squared_norms,
+    examples,
+    sum_over_layers,
+)
 
 
 def diagnose(
     updates: Iterable[Any] | Mapping[str, Iterable[Any]],
     result: AggregationResult | Mapping[str, AggregationResult],
+    *,
+    missing: str = "error",
 ) -> Report:
     """Measures a result against the updates it came from, without a dense matrix.
 
@@ -34,6 +46,7 @@ def diagnose(
     Args:
         updates: what `aggregate` was given, or what `aggregate_layers` was given.
         result: what it returned.
+        missing: the policy that `aggregate_layers` was given.
 
     Returns:
         A `Report`: relative distance from the exact mean ``Σ p_k ΔW_k``, energy kept, singular
@@ -55,18 +68,23 @@ def diagnose(
         if set(updates) != set(result):
             odd = sorted(map(str, set(updates) ^ set(result)))
             raise InputValueError(f"diagnose: layers in one of updates and result only: {odd[:5]}")
-        return Report(tuple(_layer_report(name, updates[name], result[name]) for name in updates))
+        read, _ = read_layers(updates, missing)
+        return Report(tuple(_layer_report(name, read[name], result[name]) for name in read))
     if isinstance(updates, Mapping) or isinstance(result, Mapping):
         raise InputTypeError(
             "diagnose: pass the updates and result of aggregate, or the mappings of updates and "
             "results of aggregate_layers, not one of each"
         )
-    return Report((_layer_report(None, updates, result),))
+    one, _ = read_updates(updates)
+    return Report((_layer_report(None, one, result),))
 
 
 def compare(
     updates: Iterable[Any] | Mapping[str, Iterable[Any]],
     methods: Sequence[str | Run] | None = None,
+    *,
+    missing: str = "error",
+    on_bad_client: str = "error",
     **options: Any,
 ) -> Comparison:
     """Runs several methods on the same updates and sets them side by side.
@@ -74,6 +92,8 @@ def compare(
     Args:
         updates: as for `aggregate`, or a mapping as for `aggregate_layers`.
         methods: names or functions; None takes every method in ``METHODS``.
+        missing: as for `aggregate_layers`.
+        on_bad_client: as for `aggregate`.
         **options: each goes to the methods that have it.
 
     Returns:
@@ -82,6 +102,7 @@ def compare(
 
     Raises:
         InputTypeError: an option that none of the methods has.
+        InputValueError: bad updates, or an option's value that is wrong for any clients.
 
     Example:
         >>> import torch
@@ -94,13 +115,20 @@ def compare(
         if not any(name in entry.options for entry in entries):
             known = {option for entry in entries for option in entry.options}
             raise InputTypeError(unknown_name("option of any of these methods", name, known))
-    if not isinstance(updates, Mapping):
+    doors: dict[str, Any] = {"on_bad_client": on_bad_client}
+    if isinstance(updates, Mapping):
+        updates = {name: list(layer) for name, layer in updates.items()}
+        doors["missing"] = missing
+        read_layers(updates, missing)
+    else:
         updates = list(updates)
         read_updates(updates)
-    return Comparison(tuple(_row(entry, updates, options) for entry in entries))
+    return Comparison(tuple(_row(entry, updates, doors, options) for entry in entries))
 
 
-def _row(entry: MethodEntry, updates: Any, options: Mapping[str, Any]) -> Row:
+def _row(
+    entry: MethodEntry, updates: Any, doors: Mapping[str, Any], options: Mapping[str, Any]
+) -> Row:
     missing = [need for need in entry.needs if need not in options]
     if missing:
         return Row(entry.name, skipped=f"needs {', '.join(f'{need}=' for need in missing)}")
@@ -109,11 +137,14 @@ def _row(entry: MethodEntry, updates: Any, options: Mapping[str, Any]) -> Row:
     method: str | Run = entry.name if METHODS.get(entry.name) is entry else entry.run
     start = time.perf_counter()
     try:
-        result = call(updates, method, **own)
-    except HetLoRAError as error:
+        result = call(updates, method, **doors, **own)
+    except OptionValueError:
+        raise
+    except InputValueError as error:
+        # The method refuses these clients, which is an answer; a wrong option would not be.
         return Row(entry.name, skipped=str(error))
     seconds = time.perf_counter() - start
-    report = diagnose(updates, result)
+    report = diagnose(updates, result, missing=doors.get("missing", "error"))
     results = list(result.values()) if isinstance(result, Mapping) else [result]
     return Row(
         method=entry.name,
@@ -125,12 +156,11 @@ def _row(entry: MethodEntry, updates: Any, options: Mapping[str, Any]) -> Row:
     )
 
 
-def _layer_report(name: str | None, updates: Iterable[Any], result: Any) -> LayerReport:
+def _layer_report(name: str | None, read: Sequence[ClientUpdate], result: Any) -> LayerReport:
     if not isinstance(result, AggregationResult):
         raise InputTypeError(
             f"diagnose: expected an AggregationResult, got {type(result).__name__}"
         )
-    read, _ = read_updates(updates, name)
     intake = collect(read)
     out = frozenset(client for client, _ in result.excluded)
     unexpected = [reason for client, reason in intake.bad.items() if client not in out]
@@ -155,10 +185,10 @@ def _measured(
     total = total.to(c.A)
     mean = stack(c, client_share(c, examples(c)))
     difference = total.minus(mean)
-    norms = _over_layers(client_squared_norms(c)).sqrt()
+    norms = sum_over_layers(client_squared_norms(c), len(c.layers)).sqrt()
     inner = component_inner_products(c.B, c.A, total.B, total.A)
     owners = (torch.arange(len(c.ranks), device=inner.device)[:, None] == c.client).double()
-    per_client = owners @ _over_layers(inner)
+    per_client = owners @ sum_over_layers(inner, len(c.layers))
     norm = product_norm(total.B, total.A)
     size = norms * norm.square().sum().sqrt()
     relative = c.weight / c.weight.max()
@@ -189,11 +219,6 @@ def _kept(result: AggregationResult) -> tuple[float, float]:
     norm, tail = torch.as_tensor(result.solve.norm), torch.as_tensor(result.solve.tail)
     whole = float(norm.square().sum())
     return whole - float(tail.square().sum()), whole
-
-
-def _over_layers(x: Tensor) -> Tensor:
-    """Sum over the leading dimensions, the last one stays."""
-    return x.reshape(-1, x.shape[-1]).sum(0)
 
 
 def _size(norms: Tensor) -> float:

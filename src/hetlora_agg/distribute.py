@@ -23,11 +23,11 @@ def distribute(
 ) -> list[LowRank]:
     """Gives every client the leading components at its rank, its own scaling divided out.
 
-    Client k's effective update ``scalings[k] * B @ A`` is then the global one cut to its rank. A
-    client above the global rank is padded as PEFT initialises: random rows in A, zero columns in
-    B, so that the new slots add nothing yet and still receive a gradient. Slot j is padded alike
-    for all clients, so that they start from one A. The residual, if any, is the server's to fold
-    into the base weight.
+    Client k's effective update ``scalings[k] * B @ A`` is then the global one cut to its rank. An
+    empty slot, above the global rank or zero in both factors, is filled as PEFT initialises: a
+    random row in A, a zero column in B, so that it adds nothing yet and still receives a gradient.
+    Slot j is filled alike for all clients, so that they start from one A. The residual, if any, is
+    the server's to fold into the base weight.
 
     Args:
         result: from `aggregate` or one layer of `aggregate_layers`.
@@ -82,21 +82,28 @@ def distribute(
             "'flexlora'"
         )
     factors = result.factors.torch()
-    wide = _padded(factors, max(ranks, default=0), generator)
+    rank = max(ranks, default=1)
+    wide, carries = _filled(factors, rank, generator)
     handed = [
-        _cut(wide, k, rank, factors.rank, scaling)
+        _cut(wide, carries, k, rank, scaling)
         for k, (rank, scaling) in enumerate(zip(ranks, divisors, strict=True))
     ]
     return handed if isinstance(result.A, Tensor) else [low_rank.numpy() for low_rank in handed]
 
 
-def _padded(factors: LowRank, rank: int, generator: torch.Generator | None) -> LowRank:
-    """The factors widened to the largest rank asked for."""
+def _filled(
+    factors: LowRank, rank: int, generator: torch.Generator | None
+) -> tuple[LowRank, Tensor]:
+    """The leading slots, empty ones with a random row, and which of them carry an update."""
+    A, B = factors.A[..., :rank, :], factors.B[..., :rank]
     extra = rank - factors.rank
-    if extra <= 0:
-        return factors
+    if extra > 0:
+        A = torch.cat([A, A.new_zeros((*factors.layers, extra, factors.in_features))], dim=-2)
+        B = torch.cat([B, B.new_zeros((*factors.layers, factors.out_features, extra))], dim=-1)
+    carries = (A != 0).any(-1) | (B != 0).any(-2)
+    if bool(carries.all()):
+        return LowRank(A, B), carries
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    bound = 1 / math.sqrt(factors.in_features)
     # Slot by slot, so that a slot's row does not depend on how many more are drawn.
     rows = [
         torch.rand(
@@ -105,21 +112,20 @@ def _padded(factors: LowRank, rank: int, generator: torch.Generator | None) -> L
             dtype=torch.float64,
             device=generator.device,
         )
-        for _ in range(extra)
+        for _ in range(rank)
     ]
-    A = (2 * torch.cat(rows, dim=-2) - 1) * bound
-    zeros = factors.B.new_zeros((*factors.layers, factors.out_features, extra))
-    return factors.plus(LowRank(A.to(factors.A), zeros))
+    # PEFT's initial A: uniform within ±1/√in_features.
+    fresh = (2 * torch.cat(rows, dim=-2) - 1) / math.sqrt(factors.in_features)
+    return LowRank(torch.where(carries.unsqueeze(-1), A, fresh.to(A)), B), carries
 
 
-def _cut(wide: LowRank, k: int, rank: int, global_rank: int, scaling: float) -> LowRank:
+def _cut(wide: LowRank, carries: Tensor, k: int, rank: int, scaling: float) -> LowRank:
     """The leading components, scaling divided out of those that carry an update."""
     # Division in float64: the root of a scaling may lie outside the dtype.
-    root = math.sqrt(scaling)
-    divide = [root if j < global_rank else 1.0 for j in range(rank)]
-    divisor = torch.tensor(divide, dtype=torch.float64, device=wide.A.device)
+    root = torch.tensor(math.sqrt(scaling), dtype=torch.float64, device=wide.A.device)
+    divisor = torch.where(carries[..., :rank], root, 1.0)
     A = (wide.A[..., :rank, :] / divisor.unsqueeze(-1)).to(wide.A.dtype)
-    B = (wide.B[..., :rank] / divisor).to(wide.B.dtype)
+    B = (wide.B[..., :rank] / divisor.unsqueeze(-2)).to(wide.B.dtype)
     if not (all_finite(A) and all_finite(B)):
         raise InputValueError(
             f"distribute: client {k}: its scaling of {scaling:.3g} takes the factors beyond "

@@ -14,6 +14,10 @@ class InputValueError(HetLoRAError, ValueError):
     """A value is wrong: a shape, a rank, a weight, an entry, an option's value."""
 
 
+class OptionValueError(InputValueError):
+    """An option's value is wrong, whoever the clients are."""
+
+
 class InputTypeError(HetLoRAError, TypeError):
     """A type is wrong: not a tensor, an integer dtype, an option that does not exist."""
 

@@ -78,11 +78,12 @@ class Intake:
                 f"{type(result).__name__}"
             )
         expected = (*self.A.shape[:-2], self.B.shape[-2], self.A.shape[-1])
-        if result.factors.dense_shape != expected:
-            raise InputValueError(
-                f"method {name!r}: expected it to return (*layers, out_features, in_features) = "
-                f"{expected}, got {result.factors.dense_shape}"
-            )
+        for part in filter(None, (result.factors, result.residual)):
+            if part.dense_shape != expected:
+                raise InputValueError(
+                    f"method {name!r}: expected it to return (*layers, out_features, in_features) "
+                    f"= {expected}, got {part.dense_shape}"
+                )
         factors = self._cast(result.factors, name)
         residual = None if result.residual is None else self._cast(result.residual, name)
         return replace(
@@ -196,8 +197,10 @@ def _check_padding(
 ) -> None:
     """Components beyond the declared rank must be exactly zero, or they would be lost."""
     beyond = [j >= _rank(u) for u in updates for j in range(u.A.shape[-2])]
+    if not any(beyond):
+        return
     failing = (products > 0) & torch.tensor(beyond, device=products.device)
-    if any(beyond) and bool(failing.any()):
+    if bool(failing.any()):
         k, layer, component = _first(updates, failing, layers)
         raise InputValueError(
             f"{where(k, updates[k].id, layer)}declares rank {updates[k].rank} with "

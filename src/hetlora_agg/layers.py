@@ -54,6 +54,9 @@ def aggregate_layers(
 
     Raises:
         InputTypeError, InputValueError: what is wrong, with which client and layer.
+        ConvergenceError: an SVD that no driver could take, or a result beyond its dtype.
+
+    Cost: the method's, once per group of layers of equal signature, and one copy of the factors.
 
     Example:
         >>> import torch
@@ -70,8 +73,7 @@ def aggregate_layers(
             raise InputTypeError(
                 f"{name}=: expected a mapping by layer name, got one {type(value).__name__}"
             )
-    read, numpy = _read_layers(layers, max_rank)
-    read = _complete(read, missing)
+    read, numpy = read_layers(layers, missing, max_rank)
     state = {k: v for k, v in options.items() if isinstance(v, Mapping)}
     plain = {k: v for k, v in options.items() if k not in state}
     groups = _grouped(read, {k: _layer_state(k, v, read) for k, v in state.items()}, max_group)
@@ -82,9 +84,16 @@ def aggregate_layers(
     return {name: to_numpy(results[name]) if numpy else results[name] for name in read}
 
 
-def _read_layers(
-    layers: Mapping[str, Iterable[Any]], max_rank: int | Mapping[Hashable, int] | None
+def read_layers(
+    layers: Mapping[str, Iterable[Any]],
+    missing: str,
+    max_rank: int | Mapping[Hashable, int] | None = None,
 ) -> tuple[Layers, bool]:
+    """Every layer's checked updates under the policy for clients that lack one.
+
+    Returns:
+        Layer name -> updates (a client that counts as zero has rank 0), and whether all were numpy.
+    """
     if not isinstance(layers, Mapping):
         raise InputTypeError(
             f"expected a mapping of layer names to updates, got {type(layers).__name__}; for one "
@@ -93,7 +102,8 @@ def _read_layers(
     if not layers:
         raise InputValueError("no layers; pass at least one {name: updates}")
     checked = {name: read_updates(updates, name, max_rank) for name, updates in layers.items()}
-    return {name: read for name, (read, _) in checked.items()}, all(n for _, n in checked.values())
+    read = {name: updates for name, (updates, _) in checked.items()}
+    return _complete(read, missing), all(numpy for _, numpy in checked.values())
 
 
 def _complete(layers: Layers, missing: str) -> Layers:

@@ -41,6 +41,17 @@ CLAIMS: Mapping[str, str] = MappingProxyType(
 """The vocabulary of claims; `tests/test_claims.py` holds one theorem for each."""
 
 
+SYMMETRIC: dict[str, dict[str, Any]] = {
+    "order": {},
+    "rescaling": {},
+    "homogeneous": {},
+    "orthogonal": {},
+    "transpose": {},
+    "single_client": {},
+}
+"""The symmetries that nearly every method has; its own claims are added with ``|``."""
+
+
 @dataclass(frozen=True)
 class MethodEntry:
     """A method and what is known about it.

@@ -81,12 +81,14 @@ def _with_statistic(entry: MethodEntry, components: list[Components]) -> list[Co
     """Each batch with the method's client statistic summed over all batches."""
     if entry.statistic is None:
         return components
-    names = list(dict.fromkeys(id for c in components for id in c.ids))
-    places = [torch.tensor([names.index(id) for id in c.ids]) for c in components]
-    parts = [over_all_layers(c, entry.statistic).cpu() for c in components]
-    total = torch.zeros((len(names),) * parts[0].dim(), dtype=torch.float64)
+    position = {id: i for i, id in enumerate(dict.fromkeys(id for c in components for id in c.ids))}
+    parts = [over_all_layers(c, entry.statistic) for c in components]
+    places = [
+        torch.tensor([position[id] for id in c.ids], device=parts[0].device) for c in components
+    ]
+    total = parts[0].new_zeros((len(position),) * parts[0].dim())
     for part, at in zip(parts, places, strict=True):
-        total[_block(at, part.dim())] += part
+        total[_block(at, part.dim())] += part.to(total.device)
     return [
         replace(c, statistic=total[_block(at, total.dim())].to(c.A.device))
         for c, at in zip(components, places, strict=True)

@@ -68,6 +68,18 @@ class LowRank:
     A: Tensor
     B: Tensor
 
+    def __post_init__(self) -> None:
+        """Refuse factors that do not fit each other."""
+        shapes = [tuple(getattr(X, "shape", ())) for X in (self.A, self.B)]
+        (*layers_A, rows, _), (*layers_B, _, columns) = (
+            shape if len(shape) >= 2 else (None, None, shape) for shape in shapes
+        )
+        if rows != columns or layers_A != layers_B or None in (rows, columns):
+            raise InputValueError(
+                "LowRank: expected A (*layers, rank, in_features) and B (*layers, out_features, "
+                f"rank), got {shapes[0]} and {shapes[1]}"
+            )
+
     @property
     def rank(self) -> int:
         """Number of components, the width of ``B``."""

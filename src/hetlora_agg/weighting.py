@@ -6,12 +6,12 @@ A mass is ``(K,)`` or ``(*layers, K)`` float64, a share ``(R,)`` or ``(*layers, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from hetlora_agg.checks import as_fraction, as_integer
+from hetlora_agg.checks import as_fraction, as_integer, as_number
 from hetlora_agg.components import Components
 from hetlora_agg.errors import InputValueError
 from hetlora_agg.linalg import component_peaks, squared_norms
@@ -27,10 +27,13 @@ def uniform(c: Components) -> Tensor:
     return torch.ones_like(c.weight)
 
 
-def update_norm(c: Components, *, per_layer: bool = False) -> Tensor:
-    """Mass: ``‖ΔW_k‖_F`` over all layers together ``(K,)``, or per layer ``(*layers, K)``."""
-    if per_layer:
-        return client_squared_norms(c).sqrt()
+def layer_update_norm(c: Components) -> Tensor:
+    """Mass: ``‖ΔW_k‖_F`` of each layer apart, ``(*layers, K)``."""
+    return client_squared_norms(c).sqrt()
+
+
+def update_norm(c: Components) -> Tensor:
+    """Mass: ``‖ΔW_k‖_F`` over all layers together, ``(K,)``."""
     return over_all_layers(c, client_squared_norms).sqrt()
 
 
@@ -62,18 +65,22 @@ def over_all_layers(c: Components, statistic: Callable[[Components], Tensor]) ->
     """A client statistic summed over every layer: the given total, or this batch's own."""
     if c.statistic is not None:
         return c.statistic
-    value = statistic(c)
-    return value.reshape(-1, *value.shape[len(c.layers) :]).sum(0)
+    return sum_over_layers(statistic(c), len(c.layers))
 
 
-def client_share(c: Components, mass: Tensor, total: float | Tensor | None = None) -> Tensor:
+def sum_over_layers(value: Tensor, layers: int) -> Tensor:
+    """Sum over that many leading dimensions; none is the value itself."""
+    return value.sum(tuple(range(layers))) if layers else value
+
+
+def client_share(c: Components, mass: Tensor, total: float | None = None) -> Tensor:
     """Share ``m_k / Σ m`` for every component of client k; a given total replaces the sum.
 
     If all masses are zero (every update is zero, under `update_norm`) clients share equally, the
     limit of equal masses.
     """
     if total is not None:
-        return (mass / total)[..., c.client]
+        return (mass / as_number(total, "total", zero=False))[..., c.client]
     # Over the largest first, so that 1e308 does not overflow the sum nor 5e-324 vanish in it.
     top = mass.amax(-1, keepdim=True)
     relative = torch.where(top > 0, mass / top, 1.0)
@@ -84,7 +91,7 @@ def slot_share(
     c: Components,
     mass: Tensor,
     *,
-    totals: Tensor | None = None,
+    totals: Sequence[float] | None = None,
     floor: float | None = None,
     quorum: int | None = None,
 ) -> Tensor:
@@ -93,14 +100,19 @@ def slot_share(
     Args:
         c: the components.
         mass: ``(K,)`` or ``(*layers, K)``.
-        totals: fixed denominators ``(n_slots,)`` in place of ``N_j``.
+        totals: fixed denominators in place of ``N_j``, one positive number per slot.
         floor: β in (0, 1]: the denominator is at least ``β Σ m``, so nobody gets more than
             ``p_k / β``.
         quorum: slots with fewer owners than this get share 0 (see `dropped_slots`).
     """
     of_component = mass[..., c.client]
     if totals is not None:
-        share = of_component / totals[..., c.slot_index]
+        if floor is not None:
+            raise InputValueError(
+                "floor= is relative to the owners' sum; it has no place by totals"
+            )
+        fixed = [as_number(value, "totals", zero=False) for value in totals]
+        share = of_component / of_component.new_tensor([fixed[slot] for slot in c.slots])
     else:
         # Over the slot's largest first, for the same reason as in client_share.
         top = (c.slot * of_component.unsqueeze(-2)).amax(-1)[..., c.slot_index]

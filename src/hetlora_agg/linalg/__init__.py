@@ -10,4 +10,6 @@ from hetlora_agg.linalg.svd import SPLITS as SPLITS
 from hetlora_agg.linalg.svd import SVD as SVD
 from hetlora_agg.linalg.svd import Solve as Solve
 from hetlora_agg.linalg.svd import all_finite as all_finite
+from hetlora_agg.linalg.svd import as_dtype as as_dtype
+from hetlora_agg.linalg.svd import leading_svd as leading_svd
 from hetlora_agg.linalg.svd import svd_product as svd_product

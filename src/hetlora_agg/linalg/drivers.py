@@ -7,7 +7,7 @@ Each takes ``B (members, out, R)``, ``A (members, R, in)`` in float32 or float64
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,10 +66,9 @@ def _wide(W: Tensor, size: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, N
     Vh = (U.mT @ W) / S[..., :rank, None]
     slow = (~(S[..., rank - 1] > MIN_SIGMA * size)).nonzero().flatten().tolist()
     if slow:
-        with _Renumbered(slow):
-            (U_slow, S[slow], Vh_slow), further = core_svd(W[slow])
+        (U_slow, S[slow], Vh_slow), left = _again(slow, lambda: core_svd(W[slow]), "SVD of W")
         U[slow], Vh[slow] = U_slow[..., :rank], Vh_slow[..., :rank, :]
-        notes = notes + _left("SVD of W", slow, further)
+        notes = notes + left
     return U, S, Vh, notes
 
 
@@ -93,11 +92,11 @@ def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
     ``B = B̂ diag(b)``, ``A = diag(a) Â`` with unit columns and rows, ``D = diag(b a)``,
     ``B̂ᵀB̂ = L Lᵀ``, ``(Lᵀ D) Â Âᵀ (Lᵀ D)ᵀ = X S² Xᵀ``, ``U = B̂ L⁻ᵀ X``, ``Vᵀ = S⁻¹ Xᵀ Lᵀ D Â``.
 
-    Members whose Cholesky pivots or wanted singular values are too small for that (shared A,
-    duplicated clients, graded spectra, ``rank`` beyond the numerical rank) take the rank-revealing
-    route `_revealing` instead, and are named. Cost ``(out + in)(R² + R r)`` multiply-adds plus one
-    R×R eigendecomposition. Accuracy for float32 input: below its rounding. For float64 input the
-    product keeps its digits, the vectors of small singular values do not: use `qr`.
+    Members whose Cholesky pivots or wanted singular values are too small for that (duplicated or
+    cancelling clients, graded spectra, ``rank`` beyond the numerical rank) are solved by `qr`
+    instead, and named. Cost ``(out + in)(R² + R r)`` multiply-adds plus one R×R
+    eigendecomposition. Accuracy for float32 input: below its rounding. For float64 input the
+    product keeps its digits, the vectors of small singular values only six: use `qr`.
     """
     B_hat, b = _unit(B.double(), dim=-2)
     A_hat, a = _unit(A.double(), dim=-1)
@@ -122,44 +121,12 @@ def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
 
     slow = (~fast).nonzero().flatten().tolist()
     if slow:
-        with _Renumbered(slow):
-            own = _revealing(B_hat[slow], A_hat[slow], G_B[slow], G_A[slow], D[slow], rank)
-        U[slow], S[slow], Vh[slow] = own[:3]
-        notes = notes + _left("rank-revealing eigendecomposition", slow, own[3])
+        own, left = _again(slow, lambda: _with_notes(qr(B[slow], A[slow], rank)), "Householder QR")
+        # qr knows min(R, out, in) singular values, the Gram matrix R.
+        known = torch.nn.functional.pad(own.S, (0, S.shape[-1] - own.S.shape[-1]))
+        U[slow], S[slow], Vh[slow] = own.U, known / scale[slow], own.Vh
+        notes = notes + left
     return Solution(U, S * scale, Vh, (D * scale).sum(-1), notes)
-
-
-def _revealing(
-    B_hat: Tensor, A_hat: Tensor, G_B: Tensor, G_A: Tensor, D: Tensor, rank: int
-) -> tuple[Tensor, Tensor, Tensor, Notes]:
-    """The same through orthonormal bases of the numerical ranges of ``B̂`` and ``Âᵀ``."""
-    T_B, T_B_inv, notes_B = _root(G_B)
-    T_A, T_A_inv, notes_A = _root(G_A)
-    (X, S, Yh), notes = core_svd(T_B @ (D.unsqueeze(-1) * T_A.mT))
-    U = B_hat @ (T_B_inv @ X[..., :rank])
-    V = A_hat.mT @ (T_A_inv @ Yh[..., :rank, :].mT)
-    return _reorthogonalise(U), S, _reorthogonalise(V).mT, notes_B + notes_A + notes
-
-
-def _root(G: Tensor) -> tuple[Tensor, Tensor, Notes]:
-    """``T`` with ``G = TᵀT`` up to rounding, and the right inverse that maps columns to a basis."""
-    values, vectors, notes = psd_eigh(G)
-    cut = G.shape[-1] * torch.finfo(torch.float64).eps * values[..., -1:]
-    kept = values > cut
-    root = torch.where(kept, values, 0.0).sqrt()
-    inverse = torch.where(kept, values, 1.0).rsqrt() * kept
-    return root.unsqueeze(-1) * vectors.mT, vectors * inverse.unsqueeze(-2), notes
-
-
-def _reorthogonalise(U: Tensor) -> Tensor:
-    """Orthonormal columns in the order given; a zero column stays zero.
-
-    Columns of tiny singular values come out of the Gram route only roughly orthogonal. Going
-    through them in order leaves the leading ones as they are.
-    """
-    Q, T = torch.linalg.qr(U)
-    ordered: Tensor = Q * T.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-    return ordered
 
 
 def _unit(X: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -182,23 +149,17 @@ def _largest(x: Tensor) -> Tensor:
     return torch.where(top > 0, top, 1.0)
 
 
-def _left(how: str, members: list[int], further: Notes) -> Notes:
-    """Notes of the members that left the fast path, and of those that had to go on from there."""
-    return [(m, how) for m in members] + [(members[i], more) for i, more in further]
+def _with_notes(solution: Solution) -> tuple[Solution, Notes]:
+    return solution, solution.notes
 
 
-class _Renumbered:
-    """Within it, a failure that names a member of the slow few names it in the whole batch."""
-
-    def __init__(self, members: list[int]) -> None:
-        self.members = members
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, MemberFailed):
-            error.member = self.members[error.member]
+def _again(slow: list[int], solve: Callable[[], tuple[Any, Notes]], how: str) -> tuple[Any, Notes]:
+    """The slow few solved another way; their notes, and a failure, name them in the whole batch."""
+    try:
+        solved, further = solve()
+    except MemberFailed as error:
+        raise MemberFailed(slow[error.member]) from error
+    return solved, [(m, how) for m in slow] + [(slow[i], more) for i, more in further]
 
 
 DRIVERS: Mapping[str, Callable[[Tensor, Tensor, int], Solution]] = {

@@ -40,7 +40,7 @@ def core_svd(M: Tensor) -> tuple[Triplet, Notes]:
         # One failing member fails the whole batch, so the others are done again on their own.
         solved = [_climb(member, i) for i, member in enumerate(M.cpu())]
     parts = [torch.stack(part).to(M.device) for part in zip(*(s for s, _ in solved), strict=True)]
-    return (parts[0], parts[1], parts[2]), [(i, how) for i, (_, how) in enumerate(solved) if how]
+    return (parts[0], parts[1], parts[2]), [(i, how) for i, (_, how) in enumerate(solved)]
 
 
 def psd_eigh(G: Tensor) -> tuple[Tensor, Tensor, Notes]:
@@ -60,7 +60,9 @@ def psd_eigh(G: Tensor) -> tuple[Tensor, Tensor, Notes]:
 
 
 def _svd(M: Tensor) -> Triplet:
-    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    # CUDA's default tries one driver and, unseen, another; this one needs no second try.
+    driver = "gesvd" if M.is_cuda else None
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False, driver=driver)
     return U, S, Vh
 
 
@@ -77,9 +79,9 @@ def _svd_after_qr(M: Tensor) -> Triplet:
 
 
 _LADDER: tuple[tuple[str, Callable[[Tensor], Triplet]], ...] = (
-    ("", _svd),
-    ("SVD of the transpose", _svd_of_transpose),
-    ("SVD after QR", _svd_after_qr),
+    ("SVD by itself on the CPU", _svd),
+    ("SVD of the transpose on the CPU", _svd_of_transpose),
+    ("SVD after QR on the CPU", _svd_after_qr),
 )
 
 
@@ -89,5 +91,5 @@ def _climb(M: Tensor, member: int) -> tuple[Triplet, str]:
             triplet = driver(M)
         except LinAlgError:
             continue
-        return triplet, f"{name} on the CPU" if name else ""
+        return triplet, name
     raise MemberFailed(member)

@@ -16,29 +16,40 @@ def exact_arithmetic(device_type: str) -> Iterator[None]:
     Args:
         device_type: "cpu", "cuda", …: the device whose autocast is switched off.
     """
-    changed = []
-    try:
-        for owner, name, exact, inherit in _switches():
-            before = getattr(owner, name)
-            if before not in (exact, inherit):
-                changed.append((owner, name, before, inherit))
-                setattr(owner, name, exact)
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for owner, name, before, inherit in changed:
-            # Reading gives the value in effect, which may have been inherited from a wider setting;
-            # written back as the owner's own it would stop following that.
-            setattr(owner, name, inherit)
-            if getattr(owner, name) != before:
-                setattr(owner, name, before)
+    # torch 2.9 replaced the one switch by one per backend and raises when the two are mixed.
+    per_backend = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    switch = _per_backend if per_backend else _for_all
+    with switch(), torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
 
 
-def _switches() -> list[tuple[Any, str, Any, Any]]:
-    """Owner, attribute, exact value and inheriting value of each switch this torch has."""
-    # torch 2.9 replaced allow_tf32 by fp32_precision and raises when the two are mixed.
+@contextmanager
+def _per_backend() -> Iterator[None]:
     cuda: Any = torch.backends.cuda
     cpu: Any = torch.backends.mkldnn
-    if hasattr(cuda.matmul, "fp32_precision"):
-        return [(device.matmul, "fp32_precision", "ieee", "none") for device in (cuda, cpu)]
-    return [(cuda.matmul, "allow_tf32", False, False)]
+    lowered = [
+        (device.matmul, device.matmul.fp32_precision)
+        for device in (cuda, cpu)
+        if device.matmul.fp32_precision not in ("ieee", "none")
+    ]
+    try:
+        for matmul, _ in lowered:
+            matmul.fp32_precision = "ieee"
+        yield
+    finally:
+        for matmul, before in lowered:
+            # Reading gives the value in effect, which may have been inherited from a wider setting;
+            # written back as the backend's own it would stop following that.
+            matmul.fp32_precision = "none"
+            if matmul.fp32_precision != before:
+                matmul.fp32_precision = before
+
+
+@contextmanager
+def _for_all() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

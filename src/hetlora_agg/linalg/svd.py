@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,41 +90,51 @@ def svd_product(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "au
         tensor([3.])
     """
     _check(B, A, rank, driver)
+    svd = leading_svd(B, A, rank, driver)
+    return replace(svd, S=as_dtype(svd.S, svd.U.dtype))
+
+
+def leading_svd(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "auto") -> SVD:
+    """`svd_product` for factors that were checked already, with S left in float64.
+
+    For callers that go on multiplying: what a float32 singular value loses below 1e-38 or cannot
+    hold above 1e38, its square root in both factors still carries.
+    """
     out, R, columns = B.shape[-2], B.shape[-1], A.shape[-1]
     rank = min(R, out, columns, R if rank is None else rank)
     dtype = B.dtype if B.dtype == torch.float64 else torch.float32
     if driver == "auto":
         driver = select_driver(out, columns, R, rank, dtype, B.device.type)
+    parts: list[SVD] = []
     with exact_arithmetic(B.device.type):
-        solved = _solve(B.reshape(-1, out, R), A.reshape(-1, R, columns), rank, driver)
-        return _finish(solved, B.shape[:-2], rank, dtype, driver)
+        for b, a in _chunks(B.reshape(-1, out, R), A.reshape(-1, R, columns)):
+            before = sum(len(part.S) for part in parts)
+            try:
+                solution = DRIVERS[driver](b.to(dtype), a.to(dtype), rank)
+            except MemberFailed as error:
+                raise ConvergenceError(
+                    f"svd_product: no driver converged on batch member {before + error.member} "
+                    f"({out}x{columns}, R = {R}); look at that layer's factors for entries of "
+                    "wildly different size"
+                ) from error
+            parts.append(_finished(solution, rank, dtype, driver, before))
+    return _joined(parts, B.shape[:-2])
 
 
-def _solve(B: Tensor, A: Tensor, rank: int, driver: str) -> Solution:
-    """All members, a chunk at a time; a member that fails is named in the whole batch."""
-    parts: list[Solution] = []
-    for b, a in _chunks(B, A):
-        before = sum(len(part.S) for part in parts)
-        wide = b.dtype == torch.float64
-        try:
-            part = DRIVERS[driver](b if wide else b.float(), a if wide else a.float(), rank)
-        except MemberFailed as error:
-            raise ConvergenceError(
-                f"svd_product: no driver converged on batch member {before + error.member} "
-                f"({B.shape[-2]}x{A.shape[-1]}, R = {B.shape[-1]}); look at that layer's factors "
-                "for entries of wildly different size"
-            ) from error
-        parts.append(part._replace(notes=[(before + i, how) for i, how in part.notes]))
-    if len(parts) == 1:
-        return parts[0]
-    U, S, Vh, size = (torch.cat(p) for p in list(zip(*parts, strict=True))[:4])
-    return Solution(U, S, Vh, size, [note for part in parts for note in part.notes])
+def as_dtype(S: Tensor, dtype: torch.dtype) -> Tensor:
+    """Singular values in a narrower dtype; an error rather than Inf."""
+    cast = S.to(dtype)
+    if not all_finite(cast):
+        raise ConvergenceError(
+            f"svd_product: a singular value of {float(S.max()):.3g} is beyond "
+            f"{torch.finfo(dtype).max:.3g}, the largest {dtype}; scale the factors down or pass "
+            "them as float64"
+        )
+    return cast
 
 
-def _finish(
-    solution: Solution, layers: torch.Size, rank: int, dtype: torch.dtype, driver: str
-) -> SVD:
-    """Cut what is rounding, fix signs, cast, give the leading dimensions back."""
+def _finished(solution: Solution, rank: int, dtype: torch.dtype, driver: str, before: int) -> SVD:
+    """One chunk with what is rounding cut, signs fixed and vectors cast."""
     U, S, Vh, size, notes = solution
     # Under the rounding of the sums that make W a singular value is noise of dependent or
     # cancelling columns; relative to the size of the terms, since W itself may cancel.
@@ -135,25 +145,32 @@ def _finish(
     relative = torch.where(top > 0, S / top, 0.0)
     norm = torch.linalg.vector_norm(relative, dim=-1) * top.squeeze(-1)
     tail = torch.linalg.vector_norm(relative[..., rank:], dim=-1) * top.squeeze(-1)
-    leading = S[..., :rank].to(dtype)
-    if not bool(torch.isfinite(leading).all()):
-        raise ConvergenceError(
-            f"svd_product: a singular value of {float(S.max()):.3g} is beyond "
-            f"{torch.finfo(dtype).max:.3g}, the largest {dtype}; scale the factors down or pass "
-            "them as float64"
-        )
+    S = S[..., :rank]
     peak = U.gather(-2, U.abs().argmax(-2, keepdim=True))
-    alive = (leading > 0).unsqueeze(-2)
+    alive = (S > 0).unsqueeze(-2)
     sign = torch.where(peak < 0, -1.0, 1.0).to(U)
     # where, not a product: a dead component may hold anything.
     U = torch.where(alive, U * sign, 0.0).to(dtype)
     Vh = torch.where(alive.mT, Vh * sign.mT, 0.0).to(dtype)
-    return SVD(
-        U.reshape(*layers, *U.shape[-2:]),
-        leading.reshape(*layers, rank),
-        Vh.reshape(*layers, *Vh.shape[-2:]),
-        Solve(driver, norm.reshape(layers), tail.reshape(layers), tuple(notes)),
+    fallbacks = tuple((before + i, how) for i, how in notes)
+    return SVD(U, S, Vh, Solve(driver, norm, tail, fallbacks))
+
+
+def _joined(parts: list[SVD], layers: torch.Size) -> SVD:
+    """The chunks as one, with the leading dimensions given back."""
+
+    def cat(pieces: list[Tensor]) -> Tensor:
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return whole.reshape((*layers, *whole.shape[1:]))
+
+    solve = Solve(
+        parts[0].solve.driver,
+        cat([part.solve.norm for part in parts]),
+        cat([part.solve.tail for part in parts]),
+        tuple(note for part in parts for note in part.solve.fallbacks),
     )
+    U, S, Vh = (cat([getattr(part, name) for part in parts]) for name in ("U", "S", "Vh"))
+    return SVD(U, S, Vh, solve)
 
 
 def _chunks(B: Tensor, A: Tensor) -> list[tuple[Tensor, Tensor]]:

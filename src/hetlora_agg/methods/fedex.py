@@ -2,23 +2,18 @@
 
 from hetlora_agg.combining import average_factors, stack
 from hetlora_agg.components import Components
-from hetlora_agg.registry import method
+from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import client_share, examples
 
 
 @method(
     reference="arXiv:2410.09432",
-    claims={
+    claims=SYMMETRIC
+    | {
         "mixed_ranks": {},
         "exact": {},
-        "order": {},
         "split_client": {},
-        "rescaling": {},
-        "homogeneous": {},
-        "orthogonal": {},
-        "transpose": {},
-        "single_client": {},
         "gauge": {},
         "zero_component": {},
         "idle_coverage": {},

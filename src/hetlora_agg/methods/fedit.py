@@ -3,24 +3,19 @@
 from hetlora_agg.combining import average_factors
 from hetlora_agg.components import Components
 from hetlora_agg.errors import InputValueError
-from hetlora_agg.registry import method
+from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import client_share, examples
 
 
 @method(
     reference="arXiv:2305.05644",
-    claims={
+    claims=SYMMETRIC
+    | {
         "consensus": {},
         "statistical_uncorrelated": {},
         "idle_kept": {},
-        "order": {},
         "split_client": {},
-        "rescaling": {},
-        "homogeneous": {},
-        "orthogonal": {},
-        "transpose": {},
-        "single_client": {},
     },
 )
 def fedit(c: Components) -> AggregationResult:

@@ -3,23 +3,18 @@
 from hetlora_agg.combining import stack
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress, divide
-from hetlora_agg.registry import method
+from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import client_share, examples
 
 
 @method(
     reference="arXiv:2402.11505",
-    claims={
+    claims=SYMMETRIC
+    | {
         "mixed_ranks": {},
         "exact": {"rank": "full"},
-        "order": {},
         "split_client": {},
-        "rescaling": {},
-        "homogeneous": {},
-        "orthogonal": {},
-        "transpose": {},
-        "single_client": {},
         "gauge": {},
         "zero_component": {"rank": "full"},
         "idle_coverage": {},

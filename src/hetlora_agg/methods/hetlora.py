@@ -2,21 +2,21 @@
 
 from hetlora_agg.combining import average_factors
 from hetlora_agg.components import Components
-from hetlora_agg.registry import method
+from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
-from hetlora_agg.weighting import client_share, client_squared_norms, update_norm
+from hetlora_agg.weighting import (
+    client_share,
+    client_squared_norms,
+    layer_update_norm,
+    update_norm,
+)
 
 
 @method(
     reference="arXiv:2401.06432",
-    claims={
+    claims=SYMMETRIC
+    | {
         "mixed_ranks": {},
-        "order": {},
-        "rescaling": {},
-        "homogeneous": {},
-        "orthogonal": {},
-        "transpose": {},
-        "single_client": {},
         "zero_component": {},
     },
     statistic=client_squared_norms,
@@ -33,6 +33,9 @@ def hetlora(c: Components, *, per_layer: bool = False) -> AggregationResult:
 
     Returns:
         Factors of the largest rank, leading slots for every smaller one.
+
+    Raises:
+        InputValueError: the square of a norm leaves float64.
 
     Cost: ``(out + in)(Σ r_k² + R n_slots)`` multiply-adds; norms are taken through the factors.
 
@@ -51,4 +54,5 @@ def hetlora(c: Components, *, per_layer: bool = False) -> AggregationResult:
     Deviations: the clients' own weights play no part, as published. Rank self-pruning is the
     client's side.
     """
-    return result_of(average_factors(c, client_share(c, update_norm(c, per_layer=per_layer))))
+    mass = layer_update_norm(c) if per_layer else update_norm(c)
+    return result_of(average_factors(c, client_share(c, mass)))

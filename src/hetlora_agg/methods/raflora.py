@@ -7,25 +7,20 @@ from hetlora_agg.combining import carry_over, stack
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
 from hetlora_agg.errors import InputValueError
-from hetlora_agg.registry import method
+from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
 from hetlora_agg.weighting import examples, slot_share
 
 
 @method(
     reference="arXiv:2602.13486",
-    claims={
+    claims=SYMMETRIC
+    | {
         "statistical_uncorrelated": {"rank": "full"},
         "mixed_ranks": {},
         "consensus": {},
         "statistical": {"rank": "full"},
-        "order": {},
         "split_client": {},
-        "rescaling": {},
-        "homogeneous": {},
-        "orthogonal": {},
-        "transpose": {},
-        "single_client": {},
         "idle_kept": {},
     },
 )
@@ -54,8 +49,8 @@ def raflora(
         Nested factors with their singular values.
 
     Raises:
-        InputValueError: a client's rank is not a level, ``previous`` without levels or of another
-            shape, levels that are no ranks.
+        InputValueError: a client's rank is not a level, its slots are no prefix, ``previous``
+            without levels or of another shape, levels that are no ranks.
 
     Cost: one factored SVD of R components, see `linalg.svd_product`; never out×in.
 
@@ -75,6 +70,7 @@ def raflora(
     Deviations: none known. Without ``levels=`` the result's rank follows the participants, and
     shrinks for good once the top clients stay away.
     """
+    _check_prefix(c)
     levels = _checked_levels(c, levels, previous is not None)
     previous = fitting_state("previous", previous, c)
     combined = carry_over(stack(c, slot_share(c, examples(c))), c, previous)
@@ -98,3 +94,12 @@ def _checked_levels(
                 f"{sorted(levels)}; add it to levels= or leave the client out"
             )
     return levels
+
+
+def _check_prefix(c: Components) -> None:
+    for id, rank, slots in zip(c.ids, c.ranks, c.slots_by_client, strict=True):
+        if set(slots) != set(range(rank)):
+            raise InputValueError(
+                f"raflora: client {id!r} of rank {rank} fills slots {slots}; partitions are ranges "
+                f"of leading slots, so expected 0 to {rank - 1}; use 'rb' for other slots"
+            )

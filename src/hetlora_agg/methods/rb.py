@@ -5,25 +5,20 @@ from hetlora_agg.checks import fitting_state
 from hetlora_agg.combining import carry_over, stack
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
-from hetlora_agg.registry import method
+from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
 from hetlora_agg.weighting import dropped_slots, examples, slot_share
 
 
 @method(
     reference="acl:2026.findings-eacl.88",
-    claims={
+    claims=SYMMETRIC
+    | {
         "statistical_uncorrelated": {"rank": "full"},
         "mixed_ranks": {},
         "consensus": {},
         "statistical": {"rank": "full"},
-        "order": {},
         "split_client": {},
-        "rescaling": {},
-        "homogeneous": {},
-        "orthogonal": {},
-        "transpose": {},
-        "single_client": {},
         "gauge": {"align": "svd"},
         "idle_kept": {},
     },

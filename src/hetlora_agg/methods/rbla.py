@@ -3,24 +3,19 @@
 from hetlora_agg.checks import fitting_state
 from hetlora_agg.combining import average_factors, carry_over_slots
 from hetlora_agg.components import Components
-from hetlora_agg.registry import method
+from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
 from hetlora_agg.weighting import dropped_slots, examples, slot_share
 
 
 @method(
     reference="arXiv:2408.08699",
-    claims={
+    claims=SYMMETRIC
+    | {
         "mixed_ranks": {},
         "consensus": {},
         "statistical_uncorrelated": {},
-        "order": {},
         "split_client": {},
-        "rescaling": {},
-        "homogeneous": {},
-        "orthogonal": {},
-        "transpose": {},
-        "single_client": {},
         "idle_kept": {},
     },
 )

@@ -3,24 +3,20 @@
 from hetlora_agg.checks import fitting_state
 from hetlora_agg.combining import average_factors, carry_over_slots
 from hetlora_agg.components import Components
-from hetlora_agg.registry import method
+from hetlora_agg.errors import InputValueError
+from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
 from hetlora_agg.weighting import client_share, coverage, examples, top_share
 
 
 @method(
     reference="arXiv:2406.17477",
-    claims={
+    claims=SYMMETRIC
+    | {
         "mixed_ranks": {},
         "consensus": {},
         "statistical_uncorrelated": {},
-        "order": {},
         "split_client": {},
-        "rescaling": {},
-        "homogeneous": {},
-        "orthogonal": {},
-        "transpose": {},
-        "single_client": {},
         "idle_kept": {},
     },
 )
@@ -41,7 +37,8 @@ def replicate(
         Factors of the largest rank, leading slots for every smaller one.
 
     Raises:
-        InputValueError: ``previous`` of another shape.
+        InputValueError: ``previous`` of another shape, or a client of the largest rank that
+            leaves a slot empty which others fill: there is nothing to replicate.
 
     Cost: ``(out + in) R n_slots`` multiply-adds.
 
@@ -58,7 +55,18 @@ def replicate(
 
     Deviations: none known.
     """
+    _check_donors(c)
     previous = fitting_state("previous", previous, c)
     mass = examples(c)
     share = client_share(c, mass) + (1 - coverage(c, mass)) * top_share(c, mass)
     return result_of(carry_over_slots(average_factors(c, share), c, previous))
+
+
+def _check_donors(c: Components) -> None:
+    for id, rank, slots in zip(c.ids, c.ranks, c.slots_by_client, strict=True):
+        if rank == c.max_rank and c.n_slots > rank:
+            empty = min(set(range(c.n_slots)) - set(slots))
+            raise InputValueError(
+                f"replicate: client {id!r} has the largest rank and does not fill slot {empty}, so "
+                "it cannot pad the others there; use 'rbla' for slots that are no prefix"
+            )

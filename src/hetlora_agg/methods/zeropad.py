@@ -3,7 +3,7 @@
 from hetlora_agg.checks import check_choice
 from hetlora_agg.combining import average_factors
 from hetlora_agg.components import Components
-from hetlora_agg.registry import method
+from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import client_share, examples, uniform
 
@@ -12,15 +12,10 @@ MASSES = {"examples": examples, "uniform": uniform}
 
 @method(
     reference="acl:2026.findings-eacl.88",
-    claims={
+    claims=SYMMETRIC
+    | {
         "mixed_ranks": {},
-        "order": {},
         "split_client": {},
-        "rescaling": {},
-        "homogeneous": {},
-        "orthogonal": {},
-        "transpose": {},
-        "single_client": {},
         "zero_component": {},
         "idle_coverage_squared": {},
     },

@@ -10,6 +10,7 @@ from hetlora_agg.errors import InputValueError, unknown_name
 from hetlora_agg.testing.strategies import client_updates as client_updates
 from hetlora_agg.testing.theorems import THEOREMS
 from hetlora_agg.testing.trial import Aggregator, Trial
+from hetlora_agg.testing.trial import Inapplicable as Inapplicable
 from hetlora_agg.testing.trial import Refuted as Refuted
 
 RTOL = 1e-9
@@ -42,6 +43,8 @@ def check_aggregator(
 
     Raises:
         Refuted: (an AssertionError) which claim does not hold, on what clients, by how much.
+        Inapplicable: (an AssertionError) a claim that these clients or this kind of result cannot
+            decide, such as an idle round of a result that cannot be sliced.
         InputValueError: an unknown claim, or ranks the trial cannot use.
 
     Example:

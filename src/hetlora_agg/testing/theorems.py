@@ -14,14 +14,14 @@ from itertools import permutations, product
 import torch
 from torch import Tensor
 
-from hetlora_agg.testing.trial import Refuted, Trial
+from hetlora_agg.testing.trial import Inapplicable, Refuted, Trial
 from hetlora_agg.types import AggregationResult, ClientUpdate
 
 
 def mixed_ranks(trial: Trial) -> None:
     """Clients of different ranks give a finite matrix of their size."""
     if len(set(trial.ranks)) == 1:
-        raise Refuted("mixed_ranks", "the trial's clients have equal ranks, pass others")
+        raise Inapplicable("mixed_ranks", "the trial's clients have equal ranks, pass others")
     updates = trial.generic()
     try:
         found = trial.total(updates)
@@ -184,14 +184,14 @@ def _idle(trial: Trial, claim: str, multiplier: Callable[[Tensor], Tensor]) -> N
     """Every client sends back the leading components of an ordered SVD as it received them."""
     r, K, q = max(trial.ranks), len(trial.ranks), trial.coverage()
     if claim != "idle_kept" and bool((q == 1).all()):
-        raise Refuted(claim, "every slot is owned by all clients, pass mixed ranks")
+        raise Inapplicable(claim, "every slot is owned by all clients, pass mixed ranks")
     U, V = trial.orthogonal(trial.out)[:, :r], trial.orthogonal(trial.columns)[:r]
     # Far enough apart that the multipliers, all in (0, 1], do not change the order.
     S = 100.0 ** -torch.arange(r, dtype=torch.float64)
     updates = trial.agreeing([U * S.sqrt()] * K, [S.sqrt()[:, None] * V] * K)
     result = trial.aggregator(updates)
     if isinstance(result, AggregationResult) and not result.nested:
-        raise Refuted(claim, "the result is not nested, so clients cannot be handed a slice of it")
+        raise Inapplicable(claim, "the result is not nested, clients cannot be handed a slice")
     found = trial.total(updates)
     trial.expect(claim, "an idle round", found, (U * (S * multiplier(q))) @ V, updates)
 

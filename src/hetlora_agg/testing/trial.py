@@ -25,6 +25,13 @@ class Refuted(AssertionError):
         super().__init__(f"claim {claim!r} is refuted: {why}")
 
 
+class Inapplicable(AssertionError):
+    """A claim cannot be tried on this aggregator or these clients, so nothing is known of it."""
+
+    def __init__(self, claim: str, why: str) -> None:
+        super().__init__(f"claim {claim!r} cannot be tried: {why}")
+
+
 class Trial:
     """An aggregator and the clients it is tried on.
 
