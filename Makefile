@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench results tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hetlora-agg simulate --methods all --out demo --force
@@ -28,8 +28,16 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[test]'
 	touch $@
 
+# What the numbers in README.md and docs/ are read from, then the tables themselves.
 bench: $(VENV)/.test
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.bench_drivers
+
+results: bench
+	$(BIN)/hetlora-agg simulate --methods all --out benchmarks/results --force
+	$(BIN)/python docs/tables.py
+
+tables: $(VENV)/.test
+	$(BIN)/python docs/tables.py
 
 clean:
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -235,3 +235,41 @@ def test_a_comparison_is_one_line_a_table_and_json():
     assert data["fedit"]["relative_distance"] is None
     assert data["rb"]["rank"] == 4
     assert np.isfinite(data["flora"]["seconds"])
+
+
+@pytest.mark.parametrize("missing", ["zero", "renormalise"])
+def test_the_policy_for_missing_layers_reaches_diagnose_and_compare(missing):
+    model = {"q": clients(seed=1), "v": clients(seed=2)[:2]}
+    results = aggregate_layers(model, "flora", missing=missing)
+    assert diagnose(model, results, missing=missing).relative_distance < 1e-14
+    other = {"zero": "renormalise", "renormalise": "zero"}[missing]
+    assert diagnose(model, results, missing=other).relative_distance > 0.1
+    with pytest.raises(InputValueError, match="client 'c2' sent other layers but not this one"):
+        diagnose(model, results)
+    rows = {row.method: row for row in compare(model, missing=missing).rows}
+    assert rows["flora"].relative_distance < 1e-14
+    assert rows["rb"].skipped is None
+    with pytest.raises(InputValueError, match="client 'c2' sent other layers but not this one"):
+        compare(model)
+
+
+def test_compare_drops_bad_clients_on_request():
+    broken = [*clients(), ClientUpdate(torch.full((1, 7), math.nan), torch.ones(9, 1), id="x")]
+    rows = compare(broken, ["flora", "rb"], on_bad_client="drop").rows
+    assert [row.skipped for row in rows] == [None, None]
+
+
+def test_compare_raises_on_an_option_that_is_wrong_for_anybody():
+    for options in ({"rank": 0}, {"energy": 2.0}, {"split": "lft"}):
+        with pytest.raises(InputValueError, match=f"{next(iter(options))}="):
+            compare(clients(), ["rb", "flora"], **options)
+    assert compare(clients(), "rb").rows[0].method == "rb"
+
+
+def test_a_report_says_that_distance_is_no_quality():
+    assert "on purpose" in diagnose(clients(), aggregate(clients())).summary()
+    assert "on purpose" in compare(clients(), ["rb"]).summary()
+    model = {"q": clients(seed=1), "v": clients(seed=2)}
+    report = diagnose(model, aggregate_layers(model, "rb"))
+    assert "all layers" in report.summary()
+    assert repr(report.layers[0]).startswith("LayerReport(q, rank 4, ")

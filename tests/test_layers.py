@@ -425,14 +425,14 @@ def test_a_missing_layer_is_an_error_by_default(method):
         aggregate_layers(lacking(), method)
 
 
-@pytest.mark.parametrize("missing", ["zero", "renormalise"])
+@pytest.mark.parametrize("missing", ["zero", "renormalise", "error"])
 @pytest.mark.parametrize("some", ["none", "one"])
 def test_a_missing_layer_needs_ids(missing, some):
     layers = model()
     if some == "one":
         layers = {n: [replace(u[0], id="x"), *u[1:]] for n, u in layers.items()}
     layers["v"] = layers["v"][:2]
-    with pytest.raises(InputValueError, match=r"layer 'v': some clients lack.* needs an id"):
+    with pytest.raises(InputValueError, match=r"layer 'v': 2 updates where.*every update an id"):
         aggregate_layers(layers, missing=missing)
 
 

@@ -357,3 +357,42 @@ def test_fault_12_the_order_of_the_components_is_what_makes_it_work():
     trailing = distance(W, array(backwards.B)[:, :2] @ array(backwards.A)[:2])
     assert leading <= best + shared_gate_of(F64, clients)
     assert trailing > 1.5 * best
+
+
+def dead(adapter):
+    """Slots that are zero in both factors: their gradients are zero for ever."""
+    return ((adapter.A == 0).all(-1) & (adapter.B == 0).all(-2)).tolist()
+
+
+@pytest.mark.parametrize("method", ["rb", "rbla"])
+def test_fault_3_slots_emptied_by_a_quorum_can_be_trained(method):
+    clients = [ClientUpdate(torch.ones(r, 6), torch.ones(5, r)) for r in (4, 2, 2)]
+    result = aggregate(clients, method, quorum=2)
+    assert any(dead(result.factors))
+    (adapter,) = distribute(result, [4], [2.0])
+    assert not any(dead(adapter))
+    # A's new rows are PEFT's, whatever the client's scaling; the update stays what it was.
+    assert bool((adapter.A[2:].abs() <= 1 / math.sqrt(6)).all())
+    update = 2.0 * adapter.dense()
+    assert torch.allclose(update, result.factors.dense(), atol=1e-5)
+
+
+def test_fault_3_zero_singular_values_can_be_trained():
+    B = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    B[:, 2:] = 0
+    result = aggregate([ClientUpdate(torch.eye(4, 6), B)], "rb")
+    assert dead(result.factors) == [False, False, True, True]
+    small, large = distribute(result, [3, 6])
+    assert not any(dead(small))
+    assert not any(dead(large))
+    assert torch.equal(small.A[2], large.A[2])
+    assert torch.allclose(large.dense(), result.factors.dense(), atol=1e-6)
+
+
+def test_fault_3_only_the_empty_layer_of_a_batch_is_filled():
+    A, B = torch.ones(2, 1, 6), torch.ones(2, 5, 1)
+    B[1] = 0
+    result = aggregate([ClientUpdate(A, B)], "rb")
+    (adapter,) = distribute(result, [1])
+    assert torch.equal(adapter.A[0], result.A[0])
+    assert not any(dead(LowRank(adapter.A[1], adapter.B[1])))

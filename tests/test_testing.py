@@ -172,3 +172,11 @@ def test_strategy_draws_valid_updates(updates):
 @given(client_updates(equal_ranks=True))
 def test_strategy_draws_equal_ranks(updates):
     assert len({u.rank for u in updates}) == 1
+
+
+def test_nothing_to_check_is_refused():
+    with pytest.raises(InputValueError, match="at least one claim"):
+        check_aggregator(exact_mean, [])
+    with pytest.raises(InputValueError, match="expected a function of updates"):
+        check_aggregator("rb", ["exact"])
+    check_aggregator(exact_mean, "exact")

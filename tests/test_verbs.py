@@ -275,3 +275,40 @@ def test_infinite_weights_never_arise_from_large_counts():
     c = components(ranks=(1,) * 64, weight=tuple([1.7e308] * 64))
     share = client_share(c, examples(c))
     assert math.fsum(share.tolist()) == pytest.approx(1.0, rel=1e-15)
+
+
+def test_align_gives_the_largest_singular_value_to_the_lowest_slot():
+    c = components(ranks=(3,), weight=(1.0,))
+    shuffled = Components(
+        A=c.A[[2, 0, 1]],
+        B=c.B[:, [2, 0, 1]],
+        ranks=c.ranks,
+        weight=c.weight,
+        slots=(2, 0, 1),
+        ids=c.ids,
+    )
+    one, other = (average_factors(a, slot_share(a, examples(a))) for a in map(own, (c, shuffled)))
+    assert torch.allclose(one.A, other.A, atol=1e-13)
+    sizes = other.A.norm(dim=-1)
+    assert bool((sizes[:-1] >= sizes[1:]).all())
+
+
+def own(c):
+    return align(c, "svd")
+
+
+@pytest.mark.parametrize("combine", [stack, average_factors])
+@pytest.mark.parametrize("share", [torch.ones(2), torch.tensor(1.0), [0.5] * 3])
+def test_a_mass_is_not_a_share(combine, share):
+    with pytest.raises(InputValueError, match=r"share: expected .* R = 3 components, got"):
+        combine(components(), share)
+
+
+def test_fixed_denominators_are_checked():
+    c = components()
+    with pytest.raises(InputValueError, match="totals: expected a finite number > 0"):
+        slot_share(c, examples(c), totals=[1.0, 0.0])
+    with pytest.raises(InputValueError, match="total: expected a finite number > 0"):
+        client_share(c, examples(c), total=0.0)
+    with pytest.raises(InputValueError, match="floor= is relative to the owners' sum"):
+        slot_share(c, examples(c), totals=[1.0, 1.0], floor=0.5)

@@ -1,4 +1,9 @@
-"""Functional aggregators for federated LoRA with heterogeneous ranks."""
+"""Functional aggregators for federated LoRA with heterogeneous ranks.
+
+Five calls: `aggregate` one layer, `aggregate_layers` a model, `distribute` the result back to every
+client's rank, `diagnose` how far it is from the exact mean, `compare` methods. ``METHODS`` lists
+the methods; ``help(METHODS["rb"].run)`` shows one's formula and options.
+"""
 
 from hetlora_agg.aggregate import aggregate as aggregate
 from hetlora_agg.components import Components as Components
@@ -19,5 +24,27 @@ from hetlora_agg.reports import Report as Report
 from hetlora_agg.types import AggregationResult as AggregationResult
 from hetlora_agg.types import ClientUpdate as ClientUpdate
 from hetlora_agg.types import LowRank as LowRank
+
+__all__ = [
+    "CLAIMS",
+    "METHODS",
+    "AggregationResult",
+    "ClientUpdate",
+    "Comparison",
+    "Components",
+    "ConvergenceError",
+    "HetLoRAError",
+    "InputTypeError",
+    "InputValueError",
+    "LowRank",
+    "MethodEntry",
+    "Report",
+    "aggregate",
+    "aggregate_layers",
+    "compare",
+    "diagnose",
+    "distribute",
+    "method",
+]
 
 __version__ = "0.1.0"

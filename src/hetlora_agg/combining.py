@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.components import Components
+from hetlora_agg.errors import InputValueError
 from hetlora_agg.types import LowRank
 
 
 def stack(c: Components, share: Tensor) -> LowRank:
     """Mean of products, ``Σ share_j b_j a_j``: components side by side, exact, rank R."""
-    return LowRank(share.to(c.A.dtype).unsqueeze(-1) * c.A, c.B)
+    return LowRank(_checked(c, share).unsqueeze(-1) * c.A, c.B)
 
 
 def average_factors(c: Components, share: Tensor) -> LowRank:
@@ -20,7 +21,7 @@ def average_factors(c: Components, share: Tensor) -> LowRank:
     Against the mean of products it errs by the cross terms,
     ``½ Σ_ij g_i g_j (B_i − B_j)(A_i − A_j)`` for client shares g that sum to 1.
     """
-    slot, share = c.slot.to(c.A.dtype), share.to(c.A.dtype)
+    slot, share = c.slot.to(c.A.dtype), _checked(c, share)
     return LowRank(slot @ (share.unsqueeze(-1) * c.A), (share.unsqueeze(-2) * c.B) @ slot.mT)
 
 
@@ -45,6 +46,18 @@ def carry_over_slots(
     new = (every[:, None] == every[: averaged.rank]).to(c.A.dtype)
     carried = previous.select(empty)
     return LowRank(new @ averaged.A + old @ carried.A, averaged.B @ new.mT + carried.B @ old.mT)
+
+
+def _checked(c: Components, share: Tensor) -> Tensor:
+    """The share in the factors' dtype; a mass, one number per client, is not one."""
+    expected = len(c.slots)
+    if not isinstance(share, Tensor) or share.dim() == 0 or share.shape[-1] != expected:
+        found = tuple(share.shape) if isinstance(share, Tensor) else type(share).__name__
+        raise InputValueError(
+            f"share: expected a tensor (*layers, R) with R = {expected} components, got {found}; "
+            "client_share and slot_share make one of a mass"
+        )
+    return share.to(c.A.dtype)
 
 
 def _empty_slots(c: Components, previous: LowRank | None, dropped: tuple[int, ...]) -> list[int]:

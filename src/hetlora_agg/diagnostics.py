@@ -81,7 +81,7 @@ def diagnose(
 
 def compare(
     updates: Iterable[Any] | Mapping[str, Iterable[Any]],
-    methods: Sequence[str | Run] | None = None,
+    methods: str | Sequence[str | Run] | None = None,
     *,
     missing: str = "error",
     on_bad_client: str = "error",
@@ -110,6 +110,8 @@ def compare(
         >>> [row.method for row in compare(clients, ["flora", "rb"]).rows]
         ['flora', 'rb']
     """
+    if isinstance(methods, str):
+        methods = [methods]
     entries = [resolve(m) for m in (sorted(METHODS) if methods is None else methods)]
     for name in options:
         if not any(name in entry.options for entry in entries):

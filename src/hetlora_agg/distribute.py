@@ -33,7 +33,8 @@ def distribute(
         result: from `aggregate` or one layer of `aggregate_layers`.
         ranks: every client's rank.
         scalings: every client's ``lora_alpha / r``; None means 1 for all.
-        generator: for the padding rows, on the CPU; a fresh one with seed 0 if None.
+        generator: for the random rows; None is a fresh one with seed 0 in every call, so that the
+            same slot of equal layers is filled alike in every round.
 
     Returns:
         One `LowRank` per client, copies in the result's dtype and on its device:
@@ -54,7 +55,8 @@ def distribute(
     """
     if not isinstance(result, AggregationResult):
         raise InputTypeError(
-            f"distribute: expected an AggregationResult, got {type(result).__name__}"
+            f"distribute: expected an AggregationResult, got {type(result).__name__}; a model "
+            "goes layer by layer: {name: distribute(r, ranks) for name, r in results.items()}"
         )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise InputTypeError(

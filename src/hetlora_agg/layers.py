@@ -43,7 +43,7 @@ def aggregate_layers(
         missing: what a client counts for in a layer it did not send. "error"; "zero": its update
             there is zero and its weight counts; "renormalise": it is absent there and the others
             make up the whole. Anything but "error" needs ids on all updates.
-        max_group: most layers in one batched call, to bound memory.
+        max_group: most layers in one batched call, to bound memory; None is one call per group.
         on_bad_client: "error", or "drop" to leave out clients with NaN or Inf in any layer.
         max_rank: refuse clients that declare more, one number or one by client id.
         **options: the method's own; per-layer state, such as ``previous=``, is a mapping by layer
@@ -117,6 +117,11 @@ def _complete(layers: Layers, missing: str) -> Layers:
     for layer, updates in layers.items():
         present = {name_of(k, u) for k, u in enumerate(updates)}
         absent = [name for name in weights if name not in present]
+        if absent and any(u.id is None for u in updates):
+            raise InputValueError(
+                f"layer {layer!r}: {len(updates)} updates where other layers have {len(weights)}; "
+                "give every update an id, to tell who is missing, and choose missing="
+            )
         if not absent or missing == "renormalise":
             completed[layer] = updates
         elif missing == "error":
@@ -127,11 +132,6 @@ def _complete(layers: Layers, missing: str) -> Layers:
         else:
             zeros = [_zero_update(updates[0], layer, name, weights[name]) for name in absent]
             completed[layer] = sorted([*updates, *zeros], key=id_order)
-        if absent and any(u.id is None for u in updates):
-            raise InputValueError(
-                f"layer {layer!r}: some clients lack this layer, so every update needs an id to "
-                "tell who they are"
-            )
     return completed
 
 

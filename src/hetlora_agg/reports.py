@@ -8,8 +8,14 @@ from dataclasses import asdict, dataclass, fields
 from html import escape
 from typing import Any
 
+FAR_ON_PURPOSE = (
+    "While ranks differ, methods with consensus (rb, …) are far from the exact mean on purpose: a\n"
+    "slot that a client lacks counts as missing, not as zero."
+)
+"""What a reader of a distance must know: it is no quality by itself."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class LayerReport:
     """One layer's measurements.
 
@@ -40,6 +46,13 @@ class LayerReport:
     client_cosines: list[float]
     client_shares: list[float]
     fallbacks: tuple[tuple[int, str], ...] = ()
+
+    def __repr__(self) -> str:
+        """One line: the numbers that sum the layer up."""
+        return (
+            f"LayerReport({self.layer or 'one layer'}, rank {self.rank}, "
+            f"{self.relative_distance:.3g} from the exact mean)"
+        )
 
     @property
     def relative_distance(self) -> float:
@@ -120,6 +133,7 @@ class Report:
         parts = [text_table(*self._layer_table())]
         if len(self.layers) == 1:
             parts.append(text_table(*self._client_table()))
+        parts.append(FAR_ON_PURPOSE)
         return "\n\n".join(parts)
 
     def _layer_table(self) -> tuple[list[str], list[list[str]]]:
@@ -134,6 +148,9 @@ class Report:
             ]
             for layer in self.layers
         ]
+        if len(rows) > 1:
+            total = [f"{self.energy_kept:.4f}", f"{self.relative_distance:.3g}"]
+            rows.append(["all layers", "", "", *total])
         return head, rows
 
     def _client_table(self) -> tuple[list[str], list[list[str]]]:
@@ -190,7 +207,7 @@ class Comparison:
     def summary(self) -> str:
         """The table as text, and the reasons of the methods that were skipped."""
         skipped = [f"{row.method}: skipped, {row.skipped}" for row in self.rows if row.skipped]
-        return "\n".join([text_table(*self._table()), *skipped])
+        return "\n".join([text_table(*self._table()), FAR_ON_PURPOSE, *skipped])
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         head = ["method", "rank", "distance from exact mean", "kept by truncation", "nested", "ms"]

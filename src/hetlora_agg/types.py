@@ -16,7 +16,7 @@ from hetlora_agg.linalg import Solve
 BOTH = frozenset({"A", "B"})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ClientUpdate:
     """One client's LoRA update of one layer, or of a batch of equal layers.
 
@@ -48,6 +48,15 @@ class ClientUpdate:
     scaling: float = 1.0
     slots: Sequence[int] | None = None
     id: Hashable | None = None
+
+    def __repr__(self) -> str:
+        """One line: shapes instead of tensors."""
+        shapes = (
+            f"{n} {tuple(getattr(X, 'shape', ()))}" for n, X in (("A", self.A), ("B", self.B))
+        )
+        rest = (("weight", self.weight, 1.0), ("scaling", self.scaling, 1.0), ("id", self.id, None))
+        notes = (f"{name} {value!r}" for name, value, usual in rest if value != usual)
+        return f"ClientUpdate({', '.join((*shapes, *notes))})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,9 +231,9 @@ class AggregationResult:
         if self.residual is not None:
             notes.append(f"residual of rank {self.residual.rank}")
         if self.dropped:
-            notes.append(f"{len(self.dropped)} slots dropped")
+            notes.append(f"slots dropped: {len(self.dropped)}")
         if self.excluded:
-            notes.append(f"{len(self.excluded)} clients excluded")
+            notes.append(f"clients excluded: {len(self.excluded)}")
         return f"AggregationResult({size}, {', '.join(notes)})"
 
 

@@ -63,14 +63,18 @@ def _at(layer: str | None) -> str:
 def _listed(updates: Iterable[Any], layer: str | None) -> list[Any]:
     if isinstance(updates, Mapping):
         raise InputTypeError(
-            f"{_at(layer)}expected a list of client updates, got a mapping; for a mapping of "
-            "layers to updates call aggregate_layers"
+            f"{_at(layer)}expected a list of client updates, got a mapping; "
+            + (
+                "aggregate_layers takes {layer: [update of every client]}, not clients' state dicts"
+                if layer
+                else "for {layer: [update of every client]} call aggregate_layers"
+            )
         )
     single = isinstance(updates, (ClientUpdate, LowRank, Tensor, np.ndarray, str, bytes))
     if single or not isinstance(updates, Iterable):
         raise InputTypeError(
-            f"{_at(layer)}expected a list of client updates, got one {type(updates).__name__}; "
-            "put it in a list: [(A, B), …]"
+            f"{_at(layer)}expected a list of client updates, [(A, B), …], got "
+            f"{type(updates).__name__}"
         )
     return list(updates)
 
@@ -80,9 +84,14 @@ def _as_update(k: int, given: Any, layer: str | None) -> ClientUpdate:
         given = ClientUpdate(*given)
     if not isinstance(given, ClientUpdate):
         size = f" of {len(given)} items" if isinstance(given, (tuple, list)) else ""
+        hint = ""
+        if isinstance(given, Mapping):
+            hint = "; a state dict goes in layer by layer: aggregate_layers({layer: [(A, B), …]})"
+        elif isinstance(given, (Tensor, np.ndarray)):
+            hint = "; one client goes in a list too: [(A, B)]"
         raise InputTypeError(
             f"{where(k, None, layer)}expected a ClientUpdate, (A, B), (A, B, rank) or "
-            f"(A, B, rank, weight), got {type(given).__name__}{size}"
+            f"(A, B, rank, weight), got {type(given).__name__}{size}{hint}"
         )
     return given
 
@@ -156,7 +165,7 @@ def _rank(declared: Any, rows: int, here: str) -> int:
     if not 1 <= rank <= rows:
         raise InputValueError(
             f"{here}rank: expected 1 to {rows}, the rows of lora_A, got {rank}; leave rank out to "
-            "take it from lora_A"
+            "take it from lora_A (in a tuple the third item is the rank, the fourth the weight)"
         )
     return rank
 

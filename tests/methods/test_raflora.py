@@ -171,3 +171,9 @@ def test_levels_that_are_no_ranks_are_refused(levels):
     eye = torch.eye(6)
     with pytest.raises(HetLoRAError, match="levels"):
         aggregate([ClientUpdate(eye[:2], eye[:, :2])], "raflora", levels=levels)
+
+
+def test_slots_that_are_no_prefix_are_refused():
+    A, B = torch.ones(2, 5), torch.ones(4, 2)
+    with pytest.raises(HetLoRAError, match=r"client 0 of rank 2 fills slots \(1, 2\).*use 'rb'"):
+        aggregate([ClientUpdate(A, B, slots=(1, 2))], "raflora", levels=[2, 4])

@@ -96,3 +96,10 @@ def test_distributes_leading_slots():
     result = aggregate([ClientUpdate(**arguments(c)) for c in cohort(case)], "replicate")
     pieces = distribute(result, case.ranks, case.scalings)
     assert_leading_slices(pieces, result, case.ranks, case.scalings)
+
+
+def test_a_donor_must_fill_every_slot():
+    A, B = torch.ones(2, 5), torch.ones(4, 2)
+    clients = [ClientUpdate(A, B, slots=(0, 1)), ClientUpdate(A, B, slots=(2, 3))]
+    with pytest.raises(HetLoRAError, match=r"client 0 has the largest rank.*slot 2.*use 'rbla'"):
+        aggregate(clients, "replicate")

@@ -20,14 +20,14 @@ cut where the spectrum has a gap of one part in 10⁴, stays far below; a wrong 
 
 def check_aggregator(
     aggregator: Aggregator,
-    claims: Iterable[str],
+    claims: str | Iterable[str],
     *,
     ranks: Sequence[int] = (1, 3, 2, 3),
     out_features: int = 9,
     in_features: int = 8,
     rtol: float = RTOL,
 ) -> None:
-    """Tries to refute each claim on fixed float64 clients; returns None if it cannot.
+    """Tries to refute each claim on fixed float64 clients; silent if it cannot.
 
     Nothing is left to luck: expectations are finite sums over all sign patterns, orders are all
     permutations, clients are the same in every run.
@@ -56,6 +56,12 @@ def check_aggregator(
             ...
         hetlora_agg.testing.trial.Refuted: claim 'exact' is refuted: generic clients: off by ...
     """
+    claims = [claims] if isinstance(claims, str) else list(claims)
+    if not claims or not callable(aggregator):
+        raise InputValueError(
+            f"check_aggregator: expected a function of updates and at least one claim, got "
+            f"{aggregator!r} and {claims}; a method goes in as partial(aggregate, method=…)"
+        )
     for claim in claims:
         if claim not in THEOREMS:
             raise InputValueError(unknown_name("claim", claim, THEOREMS))
