@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.peers import dense_loop, excess, gemm_bound, qr_loop
 from benchmarks.timing import interleaved, record
-from benchmarks.workloads import QUICK, Workload
-from hetlora_agg.linalg import svd_product
+from benchmarks.workloads import EIGHT_TO_32, QUICK, Workload
+from hetlora_agg.linalg import svd, svd_product
 
 DENSE_LIMIT = 1024
 """Largest min(out, in) at which one dense SVD per layer is timed: 4096 takes minutes a layer."""
@@ -84,6 +86,26 @@ def crossover() -> list[dict[str, Any]]:
     return rows
 
 
+def workspace() -> list[dict[str, Any]]:
+    """Milliseconds per layer of a batch of layers over the size of a chunk's working copies."""
+    rows = []
+    before = svd.WORKSPACE_BYTES
+    for shape in (Workload("", 48, 768, 768, EIGHT_TO_32, 32), QUICK[3], QUICK[4]):
+        B, A = replace(shape, layers=max(8, shape.layers)).factors()
+
+        def run(size: int, B: Any = B, A: Any = A, rank: int = shape.rank) -> Any:
+            svd.WORKSPACE_BYTES = size
+            return svd_product(B, A, rank=rank)
+
+        sizes = [1 << power for power in (23, 25, 27, 29)]
+        seconds = interleaved({str(size): partial(run, size) for size in sizes}, repeats=3)
+        per_layer = {size: 1e3 * s["median"] / len(B) for size, s in seconds.items()}
+        rows.append({"out": shape.out, "in": shape.columns, "R": shape.R, "ms": per_layer})
+        print("workspace", rows[-1], flush=True)
+    svd.WORKSPACE_BYTES = before
+    return rows
+
+
 def main() -> None:
     """Run everything, print as it goes, write the JSON."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -93,7 +115,8 @@ def main() -> None:
         rows.append(row)
         multiples = {name: round(x, 1) for name, x in row["times_LB"].items()}
         print(f"{workload.name}: {multiples}, excess {row['excess']:.1e}", flush=True)
-    print(record("drivers", {"workloads": rows, "crossover": crossover()}))
+    results = {"workloads": rows, "crossover": crossover(), "workspace": workspace()}
+    print(record("drivers", results))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hetlora_agg import ClientUpdate, LowRank, aggregate, distribute
+from hetlora_agg import ClientUpdate, HetLoRAError, LowRank, aggregate, distribute
 from reference import (
     CASES,
     DTYPES,

@@ -21,9 +21,13 @@ SPLITS: Mapping[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] 
 }
 """Where the singular values go: into both factors, into the left, or into the right one."""
 
-WORKSPACE_BYTES = 1 << 29
-"""Float64 working copies of the factors are kept under this many bytes by going through the batch
-in chunks; a single member may exceed it."""
+WORKSPACE_BYTES = 1 << 25
+"""The batch is gone through in chunks whose float64 working copies stay under this many bytes on a
+CPU, where what fits the cache is faster than what does not (``benchmarks/results/drivers.json``,
+rows ``workspace``); a single member may exceed it."""
+
+DEVICE_WORKSPACE_BYTES = 1 << 32
+"""The same on a GPU, where few large calls win; only there to bound memory."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,8 @@ def _chunks(B: Tensor, A: Tensor) -> list[tuple[Tensor, Tensor]]:
     # Two float64 copies of each factor are alive at once in the gram driver, W in the dense one.
     _, out, R = B.shape
     per_member = 16 * (out + A.shape[-1]) * R + 24 * R * R
-    size = max(1, WORKSPACE_BYTES // max(1, per_member))
+    workspace = WORKSPACE_BYTES if B.device.type == "cpu" else DEVICE_WORKSPACE_BYTES
+    size = max(1, workspace // max(1, per_member))
     return list(zip(torch.split(B, size), torch.split(A, size), strict=True))
 
 
