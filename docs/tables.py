@@ -109,6 +109,19 @@ def crossover() -> str:
     return markdown(["out = in", "R / in", "gram ms", "qr ms", "dense ms"], rows)
 
 
+def workspace() -> str:
+    """Milliseconds per layer over the size of a chunk's working copies."""
+    rows = json.loads((RESULTS / "drivers.json").read_text())["results"]["workspace"]
+    head = ["size", *(f"{int(size) >> 20} MiB" for size in rows[0]["ms"])]
+    return markdown(
+        head,
+        [
+            [f"{r['out']}×{r['in']}, R = {r['R']}", *(f"{t:.1f} ms" for t in r["ms"].values())]
+            for r in rows
+        ],
+    )
+
+
 def machine() -> str:
     """What the driver benchmark ran on."""
     m = json.loads((RESULTS / "drivers.json").read_text())["machine"]
@@ -116,7 +129,8 @@ def machine() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (methods, method_cards, simulation, drivers, crossover, machine)
+    f.__name__: f
+    for f in (methods, method_cards, simulation, drivers, crossover, workspace, machine)
 }
 
 
