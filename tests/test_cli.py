@@ -241,3 +241,8 @@ def test_the_picture_is_drawn_from_what_was_run(tmp_path, monkeypatch):
     monkeypatch.setattr("hetlora_agg.cli.plot_simulation", watched)
     main([*QUICK, "--methods", "rb,flora", "--seeds", "0,1", "--out", str(tmp_path)])
     assert drawn == [{"rb": 2, "flora": 2}]
+
+
+def test_no_seed_is_run_twice(capsys):
+    assert main(["simulate", "--seeds", "0,0"]) == 1
+    assert "--seeds: expected each once, got 0,0" in capsys.readouterr().err

@@ -197,3 +197,16 @@ def test_names_keep_their_order_and_their_distance(wanted):
 def test_names_that_do_not_touch_stay_where_they_are():
     assert _apart(np.array([0.2, 0.8]), gap=0.1) == pytest.approx([0.2, 0.8])
     assert _apart(np.array([0.5, 0.5]), gap=0.1) == pytest.approx([0.45, 0.55])
+
+
+def test_one_round_is_a_point_one_can_see():
+    one = SimulationResult("rb", Settings(rounds=1), (0.5, 0.6), (0.3,))
+    right = plot_simulation(one).axes[1]
+    (line,) = [line for line in right.lines if len(line.get_xdata()) == 1]
+    assert line.get_marker() == "o"
+    assert right.get_xlim() == (0.5, 1.5)
+
+
+def test_layers_named_by_numbers_keep_their_names():
+    layers = aggregate_layers({k: updates(seed=k) for k in range(3)})
+    assert set(drawn_names(plot_spectrum(layers).axes[0])) == {"0", "1", "2"}

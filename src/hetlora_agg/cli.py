@@ -166,6 +166,8 @@ def _integers(text: str) -> tuple[int, ...]:
 def _simulate(arguments: argparse.Namespace) -> None:
     """Run every method for every seed; print the table, write the JSON and the picture."""
     names = list(METHODS) if arguments.methods == "all" else arguments.methods.split(",")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise Failure(f"--seeds: expected each once, got {','.join(map(str, arguments.seeds))}")
     if arguments.out is not None:
         _check_free(arguments.out, arguments.force)
     runs = _run_seeds(names, arguments)

@@ -49,6 +49,7 @@ class Curve:
         """Keyword arguments of `Axes.plot`."""
         solid = self.number % len(DASHES) == 0
         return {
+            "marker": "o" if len(self.x) == 1 else None,
             "color": self.colour,
             "linestyle": DASHES[self.number % len(DASHES)],
             "linewidth": 2.6 if solid else 1.7,
@@ -85,8 +86,7 @@ def plot_simulation(results: SimulationResult | Mapping[str, Runs]) -> Figure:
     _draw_accuracy(left, _curves(runs, "accuracy", first_round=0))
     _draw_distance(right, _curves(runs, "distance", first_round=1))
     first = next(iter(runs.values()))
-    settings = first[0].settings
-    ranks = ", ".join(map(str, settings.ranks))
+    settings, ranks = first[0].settings, ", ".join(map(str, first[0].settings.ranks))
     figure.suptitle(
         f"{len(settings.ranks)} clients of ranks {ranks} on digits, "
         f"Dirichlet({settings.dirichlet:g}) labels, participation {settings.participation:.0%}, "
@@ -118,12 +118,11 @@ def plot_spectrum(
     cut = own_rank if rank is None else rank
     if cut < 1:
         raise InputValueError(f"plot_spectrum: rank: expected at least 1, got {rank}")
-    energy = sum(float(np.square(S).sum()) for S in spectra.values())
-    inside = sum(float(np.square(S[:cut]).sum()) for S in spectra.values())
+    squares = [np.square(S) for S in spectra.values()]
+    energy, inside = sum(S.sum() for S in squares), sum(S[:cut].sum() for S in squares)
     share = kept * inside / energy if energy else 1.0
     figure = figure_type(figsize=(6.4, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.set_yscale("log")
+    axes = figure.subplots(subplot_kw={"yscale": "log", "ylabel": "σ"})
     many = len(spectra) > MOST_NAMED_LAYERS
     curves = [
         Curve(label, 1 + np.flatnonzero(S), S[S > 0], number=0 if many else number)
@@ -132,7 +131,7 @@ def plot_spectrum(
     ]
     look: dict[str, Any] = {"marker": "o", "markersize": 3.5, "alpha": 0.35 if many else 1.0}
     for curve in curves:
-        axes.plot(curve.x, curve.y, **look, **curve.style)
+        axes.plot(curve.x, curve.y, **curve.style | look)
     axes.axvline(cut + 0.5, color="0.35", linewidth=1, linestyle=(0, (4, 3)))
     where = f" in {len(spectra)} layers" if many else ""
     _frame(axes, f"singular values{where}: rank {cut} keeps {share:.1%} of the energy", "component")
@@ -173,10 +172,10 @@ def _spectra(
 ) -> tuple[dict[str, np.ndarray], int, float]:
     """Layer -> its singular values `(rank,)`, the largest rank, the energy share they stand for."""
     if isinstance(results, Report):
-        layers = {layer.layer or "": layer.singular_values for layer in results.layers}
+        layers: dict[Any, Any] = {each.layer: each.singular_values for each in results.layers}
         rank, kept = max(layer.rank for layer in results.layers), results.energy_kept
     else:
-        named = {"": results} if isinstance(results, AggregationResult) else results
+        named = {None: results} if isinstance(results, AggregationResult) else results
         if not isinstance(named, Mapping) or not named:
             raise InputTypeError(
                 "plot_spectrum: expected a result of aggregate, aggregate_layers or diagnose, "
@@ -189,8 +188,8 @@ def _spectra(
         lost = sum(float(solve.tail.square().sum()) for solve in solves)
         kept = 1 - lost / whole if whole else 1.0
     spectra = {}
-    for name, values in layers.items():
-        stacked = np.asarray(values, dtype=float)
+    for layer, values in layers.items():
+        name, stacked = "" if layer is None else str(layer), np.asarray(values, dtype=float)
         for index in np.ndindex(stacked.shape[:-1]):
             spectra[f"{name}[{', '.join(map(str, index))}]" if index else name] = stacked[index]
     return spectra, rank, kept
@@ -223,7 +222,7 @@ def _draw_accuracy(axes: Axes, curves: Sequence[Curve]) -> None:
 
 def _draw_distance(axes: Axes, curves: Sequence[Curve]) -> None:
     """Log scale; what is only rounding is drawn on a line of its own at the bottom."""
-    measured = np.concatenate([curve.y[curve.y > EXACT] for curve in curves] + [[0.1, 1.0]])
+    measured = np.concatenate([*(curve.y[curve.y > EXACT] for curve in curves), [0.1, 1.0]])
     floor = 10 ** (np.floor(np.log10(measured.min())) - 0.5)
     shown = [replace(curve, y=np.where(curve.y > EXACT, curve.y, floor)) for curve in curves]
     axes.set_yscale("log")
@@ -241,7 +240,8 @@ def _draw_distance(axes: Axes, curves: Sequence[Curve]) -> None:
             color="0.35",
         )
     _frame(axes, "relative distance from the exact mean", "round")
-    axes.set_xlim(curves[0].x[0], curves[0].x[-1])
+    (first, last), alone = curves[0].x[[0, -1]], len(curves[0].x) == 1
+    axes.set_xlim(first - alone / 2, last + alone / 2)
     _name_lines(axes, shown)
 
 
