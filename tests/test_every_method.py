@@ -18,6 +18,10 @@ from tolerance import averaged_gate, distance, shared_gate_of
 
 NAMES = sorted(METHODS)
 
+UNDERFLOW = 1e-30
+"""What may be lost below float32's smallest number, 1e-45, in sums of up to 1e15 such terms; the
+entries that hypothesis draws are many orders above it."""
+
 
 def untruncated(name):
     """Options under which nothing is cut off, so that the result is the method's whole formula."""
@@ -73,22 +77,27 @@ def test_any_valid_clients_give_the_oracles_matrix(name):
             expected = oracle(layer)
             gate = averaged_gate(dtype, layer) + shared_gate_of(dtype, layer)
             if dtype == torch.float32:
-                # What underflows float32 on the way is lost: entries are far above 1e-30 here.
-                gate += 1e-30
+                gate += UNDERFLOW
             assert distance(total(result)[index], expected) <= gate
 
     check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", NAMES)
-def test_batched_equals_per_layer(name):
-    updates = updates_for(name, layers=(3, 2))
+def test_batched_equals_per_layer(name, dtype):
+    updates = updates_for(name, layers=(3, 2), dtype=dtype)
+    # One layer in which all clients agree: its Gram matrix is singular, its neighbours' are not.
+    for u in updates:
+        r = u.A.shape[-2]
+        u.A[1, 0], u.B[1, 0] = updates[1].A[1, 0, :r], updates[1].B[1, 0, :, :r]
     batched = aggregate(updates, name, **layer_by_layer(name)).total()
     for i, j in np.ndindex(3, 2):
         single = [ClientUpdate(u.A[i, j], u.B[i, j], None, u.weight, u.scaling) for u in updates]
         alone = aggregate(single, name).total().dense()
         error = (batched.dense()[i, j] - alone).norm()
-        assert error <= 1e-13 * alone.norm()
+        # Both are within 10·max(out, in)·ε·S of the method's matrix; S is a few ‖W‖ here.
+        assert error <= 20 * 13 * torch.finfo(dtype).eps * alone.norm()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -214,9 +223,10 @@ def test_no_loop_over_clients(name):
         with CountOperations() as counter:
             aggregate(updates, name)
         counts.append(counter.count)
+    # Exactly linear, and few: reading and laying side by side, no decomposition among them.
     per_client = (counts[2] - counts[1]) / 12
     assert (counts[1] - counts[0]) / 12 == per_client
-    assert per_client <= 4
+    assert per_client <= 8
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if takes_mixed(n)])

@@ -1,6 +1,8 @@
 """The kernel under everything, against a dense float64 SVD by numpy."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -262,15 +264,12 @@ def test_float64_factors_of_far_apart_scales(driver, size):
 def test_float64_products_whose_squares_leave_float64(driver, exponent):
     # times a power of two: everything scales along, the norms too
     B, A = HARD["plain"]
-    plain, scaled = (
-        svd_product(X, A, rank=6, driver=driver)
-        for X in (B, torch.ldexp(B, torch.tensor(exponent)))
-    )
+    plain, scaled = (svd_product(X, A, rank=6, driver=driver) for X in (B, B * 2.0**exponent))
     gate = recompressed_gate(F64, OUT, IN, scale(B, A))
-    back = torch.tensor(-exponent)
-    assert distance(array(torch.ldexp(scaled.S, back)), array(plain.S)) <= gate
+    back = 2.0**-exponent
+    assert distance(array(back * scaled.S), array(plain.S)) <= gate
     for name in ("norm", "tail"):
-        found = torch.ldexp(getattr(scaled.solve, name), back)
+        found = back * getattr(scaled.solve, name)
         assert abs(float(found) - float(getattr(plain.solve, name))) <= gate
 
 
@@ -628,20 +627,24 @@ def test_the_dense_matrix_is_never_formed(driver, name):
 needs_switches = pytest.mark.skipif(
     not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9"
 )
-MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+def matmuls():
+    """The switches of torch 2.9 and later."""
+    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
 
 def precisions():
-    return [owner.fp32_precision for owner in MATMULS]
+    return [owner.fp32_precision for owner in matmuls()]
 
 
 @pytest.fixture
 def reduced():
     """Matrix products in TF32 on CUDA and in bfloat16 on the CPU."""
-    for owner, value in zip(MATMULS, ("tf32", "bf16"), strict=True):
+    for owner, value in zip(matmuls(), ("tf32", "bf16"), strict=True):
         owner.fp32_precision = value
     yield
-    for owner in MATMULS:
+    for owner in matmuls():
         owner.fp32_precision = "none"
 
 
@@ -651,7 +654,7 @@ def test_reduced_precision_changes_nothing_and_stays_set(driver, reduced):
     B, A = (X.float() for X in HARD["plain"])
     found = svd_product(B, A, driver=driver)
     assert precisions() == ["tf32", "bf16"]
-    for owner in MATMULS:
+    for owner in matmuls():
         owner.fp32_precision = "none"
     expected = svd_product(B, A, driver=driver)
     assert precisions() == ["none", "none"]
@@ -686,7 +689,7 @@ def test_a_setting_inherited_from_the_global_one_is_still_inherited_afterwards()
         assert precisions() == ["ieee", "ieee"]
     finally:
         torch.backends.fp32_precision = "none"
-        for owner in MATMULS:
+        for owner in matmuls():
             owner.fp32_precision = "none"
 
 
@@ -803,3 +806,19 @@ def test_all_finite_is_not_fooled_by_sums(values, finite):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F32])
 def test_all_finite_takes_the_largest_numbers_of_a_dtype(dtype):
     assert all_finite(torch.full((1000,), torch.finfo(dtype).max, dtype=dtype))
+
+
+BEFORE_2_9 = """
+import torch
+from hetlora_agg.linalg.precision import _for_all
+torch.set_float32_matmul_precision("medium")
+with _for_all():
+    assert torch.get_float32_matmul_precision() == "highest"
+assert torch.get_float32_matmul_precision() == "medium"
+"""
+
+
+def test_the_one_switch_of_older_torch_is_restored():
+    # In a process of its own: the old and the new switches do not mix.
+    run = subprocess.run([sys.executable, "-c", BEFORE_2_9], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
