@@ -111,6 +111,6 @@ def as_state(state: Any, what: str, shape: tuple[int, ...]) -> LowRank:
             f"have, got {state.dense_shape}"
         )
     factors: LowRank = state.torch()
-    if not (all_finite(factors.A) and all_finite(factors.B)):
+    if not all_finite(factors.A, factors.B):
         raise OptionValueError(f"{what}: NaN or Inf in the factors; pass the last good round's")
     return factors

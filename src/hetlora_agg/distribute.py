@@ -128,7 +128,7 @@ def _cut(wide: LowRank, carries: Tensor, k: int, rank: int, scaling: float) -> L
     divisor = torch.where(carries[..., :rank], root, 1.0)
     A = (wide.A[..., :rank, :] / divisor.unsqueeze(-1)).to(wide.A.dtype)
     B = (wide.B[..., :rank] / divisor.unsqueeze(-2)).to(wide.B.dtype)
-    if not (all_finite(A) and all_finite(B)):
+    if not all_finite(A, B):
         raise InputValueError(
             f"distribute: client {k}: its scaling of {scaling:.3g} takes the factors beyond "
             f"{wide.A.dtype}; distribute in a wider dtype"

@@ -92,7 +92,7 @@ class Intake:
 
     def _cast(self, low_rank: LowRank, name: str) -> LowRank:
         cast = LowRank(low_rank.A.to(self.dtype), low_rank.B.to(self.dtype))
-        if not (all_finite(cast.A) and all_finite(cast.B)):
+        if not all_finite(cast.A, cast.B):
             raise ConvergenceError(
                 f"method {name!r}: the result has entries beyond "
                 f"{torch.finfo(self.dtype).max:.3g}, the largest {self.dtype}; pass the updates "
@@ -172,7 +172,7 @@ def _bad_clients(
     layers: Sequence[str] | None,
 ) -> dict[Hashable, str]:
     """Clients with NaN or Inf: which layer, factor, how many, where first."""
-    if all_finite(peaks_A) and all_finite(peaks_B):
+    if all_finite(peaks_A, peaks_B):
         return {}
     bad: dict[Hashable, str] = {}
     for factor, X, dim in (("lora_A", A, -2), ("lora_B", B, -1)):

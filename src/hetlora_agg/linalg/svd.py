@@ -223,8 +223,10 @@ def _check(B: Tensor, A: Tensor, rank: int | None, driver: str) -> None:
             raise InputValueError(f"svd_product: {name} has NaN or Inf, first at {where}")
 
 
-def all_finite(X: Tensor) -> bool:
-    """Whether every entry is finite; one pass in the usual case."""
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether every entry of all of them is finite; one pass and one read in the usual case."""
     # A finite sum proves it; an infinite one may be overflow, so then every entry is looked at.
-    total = X.sum(dtype=torch.float64)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(X).all())
+    total = sum(X.sum(dtype=torch.float64) for X in tensors)
+    if bool(torch.isfinite(torch.as_tensor(total))):
+        return True
+    return all(bool(torch.isfinite(X).all()) for X in tensors)
