@@ -273,3 +273,11 @@ def test_a_report_says_that_distance_is_no_quality():
     report = diagnose(model, aggregate_layers(model, "rb"))
     assert "all layers" in report.summary()
     assert repr(report.layers[0]).startswith("LayerReport(q, rank 4, ")
+
+
+def test_a_client_whose_update_cancels_has_norm_and_cosine_zero():
+    A = torch.tensor([[1.0, 2.0], [1.0, 2.0]])
+    given = [(A, torch.tensor([[1.0, -1.0], [2.0, -2.0]])), (torch.eye(2), torch.eye(2))]
+    report = diagnose(given, aggregate(given, "flora"))
+    assert report.client_norms[0] == report.client_cosines[0] == 0.0
+    assert compare(given, "flora").rows[0].skipped is None

@@ -312,3 +312,29 @@ def test_fixed_denominators_are_checked():
         client_share(c, examples(c), total=0.0)
     with pytest.raises(InputValueError, match="floor= is relative to the owners' sum"):
         slot_share(c, examples(c), totals=[1.0, 1.0], floor=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("scale", [1.0, 1e-18, 1e-25])
+def test_energy_does_not_depend_on_the_unit(scale, dtype):
+    g = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(*s, generator=g).to(dtype) for s in ((6, 20), (15, 6)))
+    one, other = (compress(LowRank(s * A, s * B), energy=0.99) for s in (1.0, scale))
+    assert other.rank == one.rank > 1
+    expected = scale**2 * one.singular_values
+    assert torch.allclose(other.singular_values, expected, rtol=1e-5, atol=0)
+    cut = compress(LowRank(scale * A, scale * B), energy=0.8)
+    assert 0 < cut.rank < 6
+    left = other.singular_values[cut.rank :].norm()
+    assert float(cut.solve.tail) >= 0.99 * float(left) > 0
+
+
+def test_all_of_the_energy_is_all_that_is_there():
+    # The last σ² is 1e-17 of the sum: added from the large end it would not be seen.
+    S = torch.tensor([1.0, 1e-3, 3e-9, 0.0], dtype=F64)
+    g = torch.Generator().manual_seed(1)
+    U, V = (torch.linalg.qr(torch.randn(20, 4, generator=g, dtype=F64)).Q for _ in range(2))
+    W = LowRank(V.mT, U * S)
+    assert compress(W, energy=1.0).rank == 3
+    assert compress(W, 2, energy=1.0).rank == 2
+    assert compress(W, energy=1 - 1e-5).rank == 1

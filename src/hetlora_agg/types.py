@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.errors import InputValueError
-from hetlora_agg.linalg import Solve
+from hetlora_agg.linalg import Solve, as_dtype
 
 BOTH = frozenset({"A", "B"})
 
@@ -167,7 +167,7 @@ class Compressed(LowRank):
     """An ordered, balanced or one-sided SVD with what it left out: what ``compress`` returns.
 
     Attributes:
-        singular_values: ``(*layers, rank)``, descending; zero beyond a layer's own rank.
+        singular_values: ``(*layers, rank)`` float64, descending; zero beyond a layer's own rank.
         ranks: components kept per layer, ``(*layers,)`` int64, when ``energy=`` chose them.
         solve: how the SVD was taken and what was discarded.
     """
@@ -250,7 +250,7 @@ def result_of(factors: LowRank, **fields: Any) -> AggregationResult:
     """An `AggregationResult`, with the singular values and cut of a `Compressed` carried along."""
     if isinstance(factors, Compressed):
         fields = {
-            "singular_values": factors.singular_values,
+            "singular_values": as_dtype(factors.singular_values, factors.A.dtype),
             "ranks": factors.ranks,
             "solve": factors.solve,
             **fields,

@@ -50,11 +50,11 @@ def client_squared_norms(c: Components) -> Tensor:
 
 def _check_squares(c: Components, squares: Tensor) -> None:
     """Squares of float64 norms may leave float64 at either end; those of float32 cannot."""
-    small = torch.finfo(torch.float64).tiny
+    # By the size of the terms, not of the result: an update may cancel to zero.
     peaks_B, peaks_A = component_peaks(c.B, c.A)
-    owners = torch.arange(len(c.ranks), device=c.A.device)[:, None] == c.client
-    present = ((peaks_B > 0) & (peaks_A > 0)).double() @ owners.double().mT > 0
-    if not bool((torch.isfinite(squares) & ((squares > small) | ~present)).all()):
+    terms = peaks_B * peaks_A
+    vanish = (terms > 0) & (terms.square() < torch.finfo(torch.float64).tiny)
+    if bool(vanish.any()) or not bool(torch.isfinite(squares).all()):
         raise InputValueError(
             "update norms: the square of a client's norm leaves float64; bring the updates to a "
             "usual size"

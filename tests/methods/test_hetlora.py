@@ -125,3 +125,12 @@ def test_distributes_leading_slots():
     result = aggregate([ClientUpdate(**arguments(c)) for c in cohort(case)], "hetlora")
     pieces = distribute(result, case.ranks, case.scalings)
     assert_leading_slices(pieces, result, case.ranks, case.scalings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_update_that_cancels_to_zero_has_no_weight(dtype):
+    A = torch.tensor([[1.0, 2.0], [1.0, 2.0]], dtype=dtype)
+    cancels = ClientUpdate(A, torch.tensor([[1.0, -1.0], [2.0, -2.0]], dtype=dtype))
+    eye = torch.eye(2, dtype=dtype)
+    result = aggregate([cancels, ClientUpdate(eye, eye)], "hetlora")
+    assert dense(result.factors).tolist() == [[1.0, 0.0], [0.0, 1.0]]

@@ -327,3 +327,16 @@ def test_previous_of_another_shape_is_refused():
     with pytest.raises(HetLoRAError, match="previous") as caught:
         aggregate(hand_updates(), "rb", previous=LowRank(torch.ones(2, 3), torch.ones(2, 2)))
     assert isinstance(caught.value, ValueError)
+
+
+def test_slots_that_are_no_prefix_are_all_kept():
+    eye = torch.eye(4)
+    apart = [ClientUpdate(eye[s], eye[:, s], slots=s) for s in ([0, 1], [2, 3])]
+    assert dense(aggregate(apart, "rb").factors).tolist() == eye.tolist()
+    graded = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+    agreeing = [ClientUpdate(graded[s], eye[:, s], slots=s) for s in ([0, 2], [1, 3], [0, 1])]
+    found = dense(aggregate(agreeing, "rb").factors)
+    assert np.abs(found - graded.numpy()).max() <= 1e-6
+    previous = LowRank(3 * eye[:2], eye[:, :2])
+    carried = dense(aggregate(apart[1:], "rb", previous=previous).factors)
+    assert np.abs(carried - np.diag([3, 3, 1, 1])).max() <= 1e-6

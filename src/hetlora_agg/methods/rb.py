@@ -41,8 +41,8 @@ def rb(
 
     Args:
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
-        rank: None for the largest participating rank (with ``previous``: at least its rank),
-            "full" for no truncation, or an integer.
+        rank: None for the largest participating rank, or the highest slot anybody fills (with
+            ``previous``: at least its rank), "full" for no truncation, or an integer.
         energy: τ in (0, 1]: smallest rank that keeps this share of Σσ², per layer.
         floor: support floor β in (0, 1]: no client gets more than ``p_k / β`` of a slot.
         quorum: slots with fewer owners are left out and listed in ``.dropped``.
@@ -80,6 +80,6 @@ def rb(
     dropped = dropped_slots(c, quorum)
     share = slot_share(c, examples(c), floor=floor, quorum=quorum)
     combined = carry_over(stack(c, share), c, previous, dropped)
-    default = max(c.max_rank, previous.rank if previous else 0)
+    default = max(c.n_slots, previous.rank if previous else 0)
     factors = compress(combined, rank, default=default, energy=energy, split=split)
     return result_of(factors, dropped=dropped)
