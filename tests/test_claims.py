@@ -106,7 +106,7 @@ def test_factor_space_bias_under_correlated_noise(name):
 
 @pytest.mark.parametrize("name", ["flora", "flexlora", "fedex"])
 def test_stack_gain_on_agreeing_components_is_the_coverage(name):
-    # METHODS §1(b): if all owners of slot j agree, the exact mean holds q_j of the component.
+    # If all owners of slot j agree, the exact mean holds q_j of the component.
     b = torch.eye(6, 3, dtype=torch.float64)
     a = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))
     ranks, weights = (1, 2, 3), (5.0, 10.0, 5.0)
