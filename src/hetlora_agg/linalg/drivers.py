@@ -6,6 +6,7 @@ Each takes ``B (members, out, R)``, ``A (members, R, in)`` in float32 or float64
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -46,9 +47,9 @@ def dense(B: Tensor, A: Tensor, rank: int) -> Solution:
     float64 input: always the SVD of W. Cost ``out·in·(R + min(out, in))`` multiply-adds and one
     decomposition per member. Accuracy: backward stable to the ε of float64.
     """
-    exact = B.dtype == torch.float64
+    exact, size = B.dtype == torch.float64, (_norm(B, -2) * _norm(A, -1)).sum(-1)
     B, A = B.double(), A.double()
-    W, size = B @ A, (_norm(B, -2) * _norm(A, -1)).sum(-1)
+    W = B @ A
     if exact:
         (U, S, Vh), notes = core_svd(W)
     elif W.shape[-2] <= W.shape[-1]:
@@ -98,14 +99,14 @@ def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
     eigendecomposition. Accuracy for float32 input: below its rounding. For float64 input the
     product keeps its digits, the vectors of small singular values only six: use `qr`.
     """
-    B_hat, b = _unit(B.double(), dim=-2)
-    A_hat, a = _unit(A.double(), dim=-1)
+    b, a = _norm(B, -2), _norm(A, -1)
     scale = _largest(a) * _largest(b)
     D = (a / _largest(a)) * (b / _largest(b))
     # A column whose partner is zero contributes nothing: 1 on the diagonal keeps Cholesky regular.
-    live = (D > 0).double()
-    B_hat, A_hat = B_hat * live.unsqueeze(-2), A_hat * live.unsqueeze(-1)
-    G_B = B_hat.mT @ B_hat + torch.diag_embed(1 - live)
+    live = D > 0
+    B_hat = B / torch.where(live, b, math.inf).unsqueeze(-2)
+    A_hat = A / torch.where(live, a, math.inf).unsqueeze(-1)
+    G_B = B_hat.mT @ B_hat + torch.diag_embed((~live).double())
     G_A = A_hat @ A_hat.mT
 
     L, info = torch.linalg.cholesky_ex(G_B)
@@ -129,18 +130,17 @@ def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
     return Solution(U, S * scale, Vh, (D * scale).sum(-1), notes)
 
 
-def _unit(X: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Columns (dim -2) or rows (dim -1) over their norm, and the norms; zeros stay zero."""
-    # Two steps, so that squares neither overflow nor vanish.
-    peak = X.abs().amax(dim, keepdim=True)
-    X = X / torch.where(peak > 0, peak, 1.0)
-    size = torch.linalg.vector_norm(X, dim=dim, keepdim=True)
-    return X / torch.where(size > 0, size, 1.0), (peak * size).squeeze(dim)
-
-
 def _norm(X: Tensor, dim: int) -> Tensor:
-    """Euclidean norms along a dimension, right where squares leave float64."""
-    return _unit(X, dim)[1]
+    """Euclidean norms along a dimension in float64, right where squares leave it."""
+    norm: Tensor
+    if X.dtype != torch.float64:
+        norm = torch.linalg.vector_norm(X, dim=dim, dtype=torch.float64)
+        return norm
+    # Two steps, so that squares neither overflow nor vanish.
+    peak = torch.linalg.vector_norm(X, float("inf"), dim=dim, keepdim=True)
+    norm = torch.linalg.vector_norm(X / torch.where(peak > 0, peak, 1.0), dim=dim)
+    norm = norm * peak.squeeze(dim)
+    return norm
 
 
 def _largest(x: Tensor) -> Tensor:
