@@ -23,8 +23,8 @@ SPLITS: Mapping[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] 
 
 WORKSPACE_BYTES = 1 << 25
 """The batch is gone through in chunks whose float64 working copies stay under this many bytes on a
-CPU, where what fits the cache is mostly faster than what does not (``benchmarks/results/drivers.json``,
-rows ``workspace``); a single member may exceed it."""
+CPU, where what fits the cache is mostly faster than what does not
+(``benchmarks/results/drivers.json``, rows ``workspace``); a single member may exceed it."""
 
 DEVICE_WORKSPACE_BYTES = 1 << 32
 """The same on a GPU, where few large calls win; only there to bound memory."""
