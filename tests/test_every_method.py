@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from hetlora_agg import METHODS, AggregationResult, ClientUpdate, aggregate, aggregate_layers
+from hetlora_agg.intake import collect
 from hetlora_agg.linalg import svd_product
 from hetlora_agg.testing import client_updates
+from hetlora_agg.validation import read_updates
 from reference import Client, by_layer, total
 from tolerance import averaged_gate, distance, shared_gate_of
 
@@ -211,7 +213,7 @@ def test_no_loop_over_layers(name, dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_loop_over_clients(name):
-    # Reading and checking a client costs a few operations each; the method itself costs none.
+    # Reading a client costs a few operations each; the method itself costs none.
     ranks = (1, 2, 2, 1) if takes_mixed(name) else (2, 2, 2, 2)
     counts = []
     for repeat in (1, 4, 7):
@@ -220,13 +222,13 @@ def test_no_loop_over_clients(name):
             (torch.randn(r, 64, generator=g), torch.randn(64, r, generator=g))
             for r in ranks * repeat
         ]
-        with CountOperations() as counter:
+        with CountOperations() as everything:
             aggregate(updates, name)
-        counts.append(counter.count)
-    # Exactly linear, and few: reading and laying side by side, no decomposition among them.
-    per_client = (counts[2] - counts[1]) / 12
-    assert (counts[1] - counts[0]) / 12 == per_client
-    assert per_client <= 8
+        with CountOperations() as door:
+            collect(read_updates(updates)[0])
+        counts.append(everything.count - door.count)
+    # What is left after reading and laying side by side is the same for 4, 16 and 28 clients.
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if takes_mixed(n)])

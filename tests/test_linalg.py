@@ -221,6 +221,7 @@ DEFICIENT = {
     "one client with B = 0": 12,
     "one client with A = 0": 12,
     "cancelling": 0,
+    "cancelling to 1e-4": 4,
     "all zero": 0,
 }
 

@@ -285,7 +285,9 @@ def test_hetlora_weights_do_not_depend_on_the_unit(size):
 @pytest.mark.parametrize("size", [1e90, 1e-90])
 def test_hetlora_refuses_norms_whose_squares_leave_float64(size):
     # squares add up over layers, so they are what is kept: of norms of 1e180 and 1e-180 they cannot
-    with refused("update norms: the square of a client's norm leaves float64; bring the updates"):
+    with refused(
+        "update norms: client 0: the square of its norm leaves float64; bring the updates"
+    ):
         aggregate(pair_of_size(size), "hetlora")
 
 

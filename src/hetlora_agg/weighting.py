@@ -50,14 +50,17 @@ def client_squared_norms(c: Components) -> Tensor:
 
 def _check_squares(c: Components, squares: Tensor) -> None:
     """Squares of float64 norms may leave float64 at either end; those of float32 cannot."""
-    # By the size of the terms, not of the result: an update may cancel to zero.
+    # By the client's largest term, not by the result: an update may cancel to zero.
     peaks_B, peaks_A = component_peaks(c.B, c.A)
-    terms = peaks_B * peaks_A
-    vanish = (terms > 0) & (terms.square() < torch.finfo(torch.float64).tiny)
-    if bool(vanish.any()) or not bool(torch.isfinite(squares).all()):
+    owners = torch.arange(len(c.ranks), device=c.A.device)[:, None] == c.client
+    largest = (owners * (peaks_B * peaks_A).unsqueeze(-2)).amax(-1)
+    vanish = (largest > 0) & (largest.square() < torch.finfo(torch.float64).tiny)
+    outside = vanish | ~torch.isfinite(squares)
+    if bool(outside.any()):
+        id = c.ids[int(outside.nonzero()[0, -1])]
         raise InputValueError(
-            "update norms: the square of a client's norm leaves float64; bring the updates to a "
-            "usual size"
+            f"update norms: client {id!r}: the square of its norm leaves float64; bring the "
+            "updates to a usual size"
         )
 
 

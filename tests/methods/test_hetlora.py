@@ -1,5 +1,7 @@
 """HetLoRA (arXiv:2401.06432): factor means weighted by the size of the update."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -134,3 +136,12 @@ def test_an_update_that_cancels_to_zero_has_no_weight(dtype):
     eye = torch.eye(2, dtype=dtype)
     result = aggregate([cancels, ClientUpdate(eye, eye)], "hetlora")
     assert dense(result.factors).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_a_component_far_below_the_others_is_no_reason_to_refuse():
+    tiny = torch.diag(torch.tensor([1.0, 1e-200], dtype=torch.float64))
+    eye = torch.eye(2, dtype=torch.float64)
+    result = aggregate([ClientUpdate(eye, tiny), ClientUpdate(eye, eye)], "hetlora")
+    # Norms 1 and √2: the first entry agrees, the second is the second client's share.
+    expected = [1.0, math.sqrt(2) / (1 + math.sqrt(2))]
+    assert dense(result.factors).diagonal().tolist() == pytest.approx(expected, rel=1e-15)
