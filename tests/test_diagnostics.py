@@ -257,6 +257,8 @@ def test_compare_drops_bad_clients_on_request():
     broken = [*clients(), ClientUpdate(torch.full((1, 7), math.nan), torch.ones(9, 1), id="x")]
     rows = compare(broken, ["flora", "rb"], on_bad_client="drop").rows
     assert [row.skipped for row in rows] == [None, None]
+    with pytest.raises(InputValueError, match=r"client 3 \(id 'x'\), lora_A: 7 NaN or Inf"):
+        compare(broken)
 
 
 def test_compare_raises_on_an_option_that_is_wrong_for_anybody():

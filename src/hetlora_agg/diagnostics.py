@@ -125,7 +125,12 @@ def compare(
     else:
         updates = list(updates)
         read_updates(updates)
-    return Comparison(tuple(_row(entry, updates, doors, options) for entry in entries))
+    rows = tuple(_row(entry, updates, doors, options) for entry in entries)
+    reasons = {row.skipped for row in rows}
+    if len(rows) > 1 and len(reasons) == 1 and None not in reasons:
+        # What every method refuses for one reason lies with the updates.
+        raise InputValueError(rows[0].skipped)
+    return Comparison(rows)
 
 
 def _row(
