@@ -232,9 +232,9 @@ def test_energy_trims_each_layer_to_its_own_rank(method, cap):
         assert result.B.shape == (9, expected)
         assert result.singular_values.shape == (expected,)
         assert distance(total(result), total(alone)) <= gate(updates)
-        tail = float(alone.solve.tail)
-        assert abs(float(result.solve.tail) - tail) <= gate(updates)
-        assert abs(float(result.solve.norm) - float(alone.solve.norm)) <= gate(updates)
+        tail = float(alone.certificate.tail)
+        assert abs(float(result.certificate.tail) - tail) <= gate(updates)
+        assert abs(float(result.certificate.norm) - float(alone.certificate.norm)) <= gate(updates)
 
 
 @pytest.mark.parametrize("method", EVERY)
@@ -306,10 +306,13 @@ def test_fallbacks_and_norms_belong_to_their_layer(max_group):
     second = [easy[0], ClientUpdate(A, B)]
     layers = {"easy": easy, "double": double, "second": second, "again": easy}
     results = aggregate_layers(layers, "flexlora", rank="full", max_group=max_group)
-    members = {name: [m for m, _ in r.solve.fallbacks] for name, r in results.items()}
+    members = {name: [m for m, _ in r.certificate.fallbacks] for name, r in results.items()}
     assert members == {"easy": [], "double": [0, 1], "second": [1], "again": []}
     for name, updates in layers.items():
-        solve, alone = results[name].solve, aggregate(updates, "flexlora", rank="full").solve
+        solve, alone = (
+            results[name].certificate,
+            aggregate(updates, "flexlora", rank="full").certificate,
+        )
         assert solve.driver == alone.driver == "gram"
         assert solve.fallbacks == alone.fallbacks
         assert solve.norm.shape == solve.tail.shape == (2,)

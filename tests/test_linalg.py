@@ -21,6 +21,7 @@ from hetlora_agg.linalg import (
     squared_norms,
     svd_product,
 )
+from hetlora_agg.linalg import memory as memory_module
 from hetlora_agg.linalg import svd as svd_module
 from tolerance import distance, eps, recompressed_gate
 
@@ -148,8 +149,8 @@ def assert_leading_svd(B, A, svd, index=()):
     assert (S >= 0).all()
     assert (np.diff(S) <= 0).all()
     # norms come from the core, which the factors of that dtype determine
-    assert abs(float(svd.solve.norm[index]) - np.linalg.norm(exact)) <= gate
-    assert abs(float(svd.solve.tail[index]) - tail) <= gate
+    assert abs(float(svd.certificate.norm[index]) - np.linalg.norm(exact)) <= gate
+    assert abs(float(svd.certificate.tail[index]) - tail) <= gate
 
     alive = S > 0
     identity = np.eye(alive.sum())
@@ -184,7 +185,7 @@ def test_a_batch_of_all_hard_inputs_is_solved_member_by_member(driver, dtype):
     assert svd.U.shape == (2, 7, 2, OUT, 6)
     assert svd.S.shape == (2, 7, 2, 6)
     assert svd.Vh.shape == (2, 7, 2, 6, IN)
-    assert svd.solve.norm.shape == svd.solve.tail.shape == (2, 7, 2)
+    assert svd.certificate.norm.shape == svd.certificate.tail.shape == (2, 7, 2)
     for index in np.ndindex(2, 7, 2):
         assert_leading_svd(B, A, svd, index)
 
@@ -270,8 +271,8 @@ def test_float64_products_whose_squares_leave_float64(driver, exponent):
     back = 2.0**-exponent
     assert distance(array(back * scaled.S), array(plain.S)) <= gate
     for name in ("norm", "tail"):
-        found = back * getattr(scaled.solve, name)
-        assert abs(float(found) - float(getattr(plain.solve, name))) <= gate
+        found = back * getattr(scaled.certificate, name)
+        assert abs(float(found) - float(getattr(plain.certificate, name))) <= gate
 
 
 @pytest.mark.parametrize("name", ["plain", "one client 1e12 times the others", "shared A"])
@@ -338,22 +339,22 @@ def test_a_hard_member_does_not_change_its_neighbours(name, driver, dtype):
     for i in (0, 2):
         for part in ("U", "S", "Vh"):
             assert torch.equal(getattr(found, part)[i], getattr(expected, part)[i])
-        assert found.solve.norm[i] == expected.solve.norm[i]
-    assert not {0, 2} & {member for member, _ in found.solve.fallbacks}
+        assert found.certificate.norm[i] == expected.certificate.norm[i]
+    assert not {0, 2} & {member for member, _ in found.certificate.fallbacks}
 
 
 def test_fallbacks_name_the_members_that_left_the_fast_path():
     names = ["plain", "shared A", "equal singular values", "duplicates", "B times 1e20"]
     B, A = (torch.stack(part).float() for part in zip(*(HARD[n] for n in names), strict=True))
     svd = svd_product(B, A, driver="gram")
-    assert [member for member, _ in svd.solve.fallbacks] == [1, 3]
-    assert all(how == "Householder QR" for _, how in svd.solve.fallbacks)
+    assert [member for member, _ in svd.certificate.fallbacks] == [1, 3]
+    assert all(how == "Householder QR" for _, how in svd.certificate.fallbacks)
 
 
 @every_driver
 def test_easy_input_falls_back_nowhere(driver, dtype):
     B, A = (X.to(dtype).expand(4, *X.shape) for X in HARD["plain"])
-    solve = svd_product(B, A, driver=driver).solve
+    solve = svd_product(B, A, driver=driver).certificate
     assert solve.fallbacks == ()
     assert solve.driver == (select_driver(OUT, IN, 16, dtype=dtype) if driver == "auto" else driver)
 
@@ -372,18 +373,20 @@ def test_a_small_workspace_gives_the_same_with_members_numbered_through(driver, 
         return run(b, a, rank)
 
     monkeypatch.setattr(svd_module, "DRIVERS", {**svd_module.DRIVERS, driver: counted})
-    per_member = 16 * (OUT + IN) * 16 + 24 * 16 * 16
+    per_member = memory_module.working_bytes(OUT, IN, 16, 4, F32, driver)
     for budget, expected in ((1, [1] * 6), (4 * per_member, [4, 2])):
         sizes.clear()
-        monkeypatch.setattr(svd_module, "WORKSPACE_BYTES", budget)
-        chunked = svd_product(B, A, rank=4, driver=driver)
+        monkeypatch.setattr(memory_module, "WORKSPACE_BYTES", budget)
+        chunked = svd_product(B, A, rank=4, driver=driver, workers=1)
         assert sizes == expected
-        assert chunked.solve.fallbacks == whole.solve.fallbacks
+        assert chunked.certificate.fallbacks == whole.certificate.fallbacks
         for index in np.ndindex(2, 3):
             assert_leading_svd(B, A, chunked, index)
             gate = recompressed_gate(F32, OUT, IN, scale(B[index], A[index]))
             assert distance(array(chunked.S[index]), array(whole.S[index])) <= gate
-            assert abs(float(chunked.solve.tail[index] - whole.solve.tail[index])) <= gate
+            assert (
+                abs(float(chunked.certificate.tail[index] - whole.certificate.tail[index])) <= gate
+            )
 
 
 # --- when LAPACK does not converge --------------------------------------------------------------
@@ -429,7 +432,7 @@ def test_each_step_of_the_ladder_is_right_and_reported(
     B, A = marked_batch
     svd = svd_product(B, A, rank=5, driver=driver)
     alone = "SVD by itself on the CPU"
-    assert svd.solve.fallbacks == ((0, alone), (1, how), (2, alone))
+    assert svd.certificate.fallbacks == ((0, alone), (1, how), (2, alone))
     for i in range(3):
         assert_leading_svd(B, A, svd, (i,))
 
@@ -442,8 +445,8 @@ def test_the_ladder_takes_tall_and_wide_cores(shape, times, monkeypatch):
     B[0] /= LARGE
     monkeypatch.setattr(torch.linalg, "svd", failing(torch.linalg.svd, times))
     svd = svd_product(B, A, driver="dense")
-    assert [how for _, how in svd.solve.fallbacks].count("SVD by itself on the CPU") == 1
-    assert [member for member, _ in svd.solve.fallbacks] == [0, 1]
+    assert [how for _, how in svd.certificate.fallbacks].count("SVD by itself on the CPU") == 1
+    assert [member for member, _ in svd.certificate.fallbacks] == [0, 1]
     for i in range(2):
         assert_leading_svd(B, A, svd, (i,))
 
@@ -451,7 +454,7 @@ def test_the_ladder_takes_tall_and_wide_cores(shape, times, monkeypatch):
 @pytest.mark.parametrize("driver", ["qr", "dense"])
 @pytest.mark.parametrize("workspace", [1 << 29, 1], ids=["one chunk", "a chunk each"])
 def test_a_member_no_driver_can_take_is_named(driver, workspace, marked_batch, monkeypatch):
-    monkeypatch.setattr(svd_module, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(memory_module, "WORKSPACE_BYTES", workspace)
     monkeypatch.setattr(torch.linalg, "svd", failing(torch.linalg.svd, 99))
     with pytest.raises(ConvergenceError, match=r"no driver converged on batch member 1\b"):
         svd_product(*marked_batch, driver=driver)
@@ -473,8 +476,8 @@ def test_the_rank_revealing_route_climbs_the_ladder_for_the_right_member(monkeyp
 
     monkeypatch.setattr(torch.linalg, "svd", attempt)
     svd = svd_product(B, A, driver="gram")
-    assert (2, "SVD of the transpose on the CPU") in svd.solve.fallbacks
-    assert {member for member, _ in svd.solve.fallbacks} == {1, 2}
+    assert (2, "SVD of the transpose on the CPU") in svd.certificate.fallbacks
+    assert {member for member, _ in svd.certificate.fallbacks} == {1, 2}
     for i in range(3):
         assert_leading_svd(B, A, svd, (i,))
 
@@ -503,7 +506,7 @@ def test_a_failing_eigendecomposition_is_replaced_and_reported(name, driver, mon
     for i in range(2):
         assert_leading_svd(B, A, svd, (i,))
     # nothing falls back without a word, whatever route the member takes afterwards
-    reported = [member for member, how in svd.solve.fallbacks if "revealing" not in how]
+    reported = [member for member, how in svd.certificate.fallbacks if "revealing" not in how]
     assert set(reported) == {0, 1}
 
 

@@ -829,8 +829,8 @@ def test_numpy_in_every_field_of_the_result(energy, fold):
     assert type(result.singular_values) is np.ndarray
     assert energy is None or isinstance(result.ranks, np.ndarray)
     assert not fold or type(result.residual.A) is np.ndarray
-    assert isinstance(result.solve.norm, np.ndarray)
-    assert isinstance(result.solve.tail, np.ndarray)
+    assert isinstance(result.certificate.norm, np.ndarray)
+    assert isinstance(result.certificate.tail, np.ndarray)
 
 
 def test_one_torch_tensor_among_arrays_gives_torch():

@@ -176,9 +176,9 @@ def test_divide_is_what_compress_keeps_and_the_rest(energy):
     assert torch.allclose(kept.plus(rest).dense(), B @ A, atol=1e-13)
     alone = compress(LowRank(A, B), None, default=2, energy=energy)
     assert torch.allclose(kept.dense(), alone.dense(), atol=1e-13)
-    assert torch.allclose(kept.solve.tail, alone.solve.tail, atol=1e-13)
+    assert torch.allclose(kept.certificate.tail, alone.certificate.tail, atol=1e-13)
     error = torch.linalg.matrix_norm(rest.dense())
-    assert torch.allclose(kept.solve.tail, error, atol=1e-13)
+    assert torch.allclose(kept.certificate.tail, error, atol=1e-13)
     if energy == 0.9:
         assert kept.ranks.tolist() == alone.ranks.tolist()
         assert len(set(kept.ranks.tolist())) > 1
@@ -326,7 +326,7 @@ def test_energy_does_not_depend_on_the_unit(scale, dtype):
     cut = compress(LowRank(scale * A, scale * B), energy=0.8)
     assert 0 < cut.rank < 6
     left = other.singular_values[cut.rank :].norm()
-    assert float(cut.solve.tail) >= 0.99 * float(left) > 0
+    assert float(cut.certificate.tail) >= 0.99 * float(left) > 0
 
 
 def test_all_of_the_energy_is_all_that_is_there():

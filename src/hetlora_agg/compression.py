@@ -49,7 +49,7 @@ def compress(
     check_choice("split", split, sorted(SPLITS))
     svd = leading_svd(low_rank.B, low_rank.A, _cap(rank, default, energy), driver)
     B, A = (factor.to(svd.U.dtype) for factor in SPLITS[split](svd.U, svd.S, svd.Vh))
-    whole = Compressed(A, B, singular_values=svd.S, ranks=None, solve=svd.solve)
+    whole = Compressed(A, B, singular_values=svd.S, ranks=None, certificate=svd.certificate)
     return whole if energy is None else _cut(whole, _ranks_for(whole, energy))
 
 
@@ -101,7 +101,7 @@ def _ranks_for(whole: Compressed, energy: float) -> Tensor:
     S = whole.singular_values
     top = torch.where(S[..., :1] > 0, S[..., :1], 1.0)
     squares = (S / top).square()
-    beyond = (whole.solve.tail / top.squeeze(-1)).square().unsqueeze(-1)
+    beyond = (whole.certificate.tail / top.squeeze(-1)).square().unsqueeze(-1)
     left_out = squares.flip(-1).cumsum(-1).flip(-1) + beyond
     allowed = (1 - float(energy)) * left_out[..., :1]
     # A tie, up to the rounding of a few operations, counts as reached.
@@ -122,7 +122,7 @@ def _cut(whole: Compressed, ranks: Tensor) -> Compressed:
         B=(whole.B * kept.unsqueeze(-2))[..., :width],
         singular_values=S[..., :width],
         ranks=ranks,
-        solve=replace(whole.solve, tail=_hypot(whole.solve.tail, gone)),
+        certificate=replace(whole.certificate, tail=_hypot(whole.certificate.tail, gone)),
     )
 
 

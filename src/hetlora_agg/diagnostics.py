@@ -215,15 +215,15 @@ def _measured(
         client_norms=norms.tolist(),
         client_cosines=torch.where(size > 0, per_client / size, 0.0).tolist(),
         client_shares=(relative / relative.sum()).tolist(),
-        fallbacks=() if result.solve is None else result.solve.fallbacks,
+        fallbacks=() if result.certificate is None else result.certificate.fallbacks,
     )
 
 
 def _kept(result: AggregationResult) -> tuple[float, float]:
     """Squared norm kept and squared norm of everything; equal where nothing was discarded."""
-    if result.solve is None or result.residual is not None:
+    if result.certificate is None or result.residual is not None:
         return 1.0, 1.0
-    norm, tail = torch.as_tensor(result.solve.norm), torch.as_tensor(result.solve.tail)
+    norm, tail = torch.as_tensor(result.certificate.norm), torch.as_tensor(result.certificate.tail)
     whole = float(norm.square().sum())
     return whole - float(tail.square().sum()), whole
 

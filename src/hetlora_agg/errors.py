@@ -26,6 +26,10 @@ class ConvergenceError(HetLoRAError, ArithmeticError):
     """Every decomposition in the ladder failed, or a result left the range of its dtype."""
 
 
+class MemoryLimitError(HetLoRAError, MemoryError):
+    """What was asked for needs more memory than ``memory_limit=`` allows; nothing was allocated."""
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """An error line with the nearest names first and all of them sorted."""
     known = sorted(known)

@@ -207,16 +207,13 @@ def _widths(ranks: torch.Tensor) -> list[int]:
 
 
 def _one_layer(result: AggregationResult, i: int, width: int, layers: int) -> AggregationResult:
-    S, ranks, rest, solve = result.singular_values, result.ranks, result.residual, result.solve
-    if solve is not None:
-        inner = solve.norm.numel() // layers
-        own = tuple((m % inner, how) for m, how in solve.fallbacks if m // inner == i)
-        solve = replace(solve, norm=solve.norm[i], tail=solve.tail[i], fallbacks=own)
+    S, ranks, rest = result.singular_values, result.ranks, result.residual
+    known = result.certificate
     return replace(
         result,
         factors=LowRank(result.A[i, ..., :width, :], result.B[i, ..., :width]),
         singular_values=None if S is None else S[i, ..., :width],
         residual=None if rest is None else LowRank(rest.A[i], rest.B[i]),
         ranks=None if ranks is None else ranks[i],
-        solve=solve,
+        certificate=None if known is None else known.layer(i, layers),
     )

@@ -183,9 +183,9 @@ def _spectra(
             )
         layers = {name: _singular_values(result) for name, result in named.items()}
         rank = max(result.rank for result in named.values())
-        solves = [result.solve for result in named.values() if result.solve is not None]
-        whole = sum(float(solve.norm.square().sum()) for solve in solves)
-        lost = sum(float(solve.tail.square().sum()) for solve in solves)
+        known = [result.certificate for result in named.values() if result.certificate is not None]
+        whole = sum(float(c.norm.square().sum()) for c in known)
+        lost = sum(float(c.tail.square().sum()) for c in known)
         kept = 1 - lost / whole if whole else 1.0
     spectra = {}
     for layer, values in layers.items():

@@ -50,12 +50,10 @@ def to_numpy(result: AggregationResult) -> AggregationResult:
     def array(x: Any) -> Any:
         return None if x is None else x.numpy() if isinstance(x, LowRank) else x.numpy(force=True)
 
-    solve = result.solve
-    if solve is not None:
-        solve = replace(solve, norm=array(solve.norm), tail=array(solve.tail))
+    known = result.certificate
     return replace(
         result,
-        solve=solve,
+        certificate=None if known is None else known.map(array),
         factors=array(result.factors),
         residual=array(result.residual),
         singular_values=array(result.singular_values),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.errors import InputValueError
-from hetlora_agg.linalg import Solve, as_dtype
+from hetlora_agg.linalg import Certificate, as_dtype
 
 BOTH = frozenset({"A", "B"})
 
@@ -169,12 +169,12 @@ class Compressed(LowRank):
     Attributes:
         singular_values: ``(*layers, rank)`` float64, descending; zero beyond a layer's own rank.
         ranks: components kept per layer, ``(*layers,)`` int64, when ``energy=`` chose them.
-        solve: how the SVD was taken and what was discarded.
+        certificate: how the SVD was taken and what was discarded.
     """
 
     singular_values: Tensor
     ranks: Tensor | None
-    solve: Solve
+    certificate: Certificate
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -191,7 +191,7 @@ class AggregationResult:
         excluded: clients left out by ``on_bad_client="drop"``, as ``(client, reason)``.
         notes: what was accepted but is worth knowing, in words; usually empty.
         ranks: components kept per layer when ``energy=`` chose them, ``(*layers,)``, else None.
-        solve: driver, discarded tail and fallbacks of the SVD, where one was taken.
+        certificate: driver, discarded tail and fallbacks of the SVD, where one was taken.
     """
 
     factors: LowRank
@@ -203,7 +203,7 @@ class AggregationResult:
     excluded: tuple[tuple[Hashable, str], ...] = ()
     notes: tuple[str, ...] = ()
     ranks: Tensor | None = None
-    solve: Solve | None = None
+    certificate: Certificate | None = None
 
     @property
     def A(self) -> Tensor:
@@ -252,7 +252,7 @@ def result_of(factors: LowRank, **fields: Any) -> AggregationResult:
         fields = {
             "singular_values": as_dtype(factors.singular_values, factors.A.dtype),
             "ranks": factors.ranks,
-            "solve": factors.solve,
+            "certificate": factors.certificate,
             **fields,
         }
     return AggregationResult(LowRank(factors.A, factors.B), **fields)

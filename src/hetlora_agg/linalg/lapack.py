@@ -46,14 +46,16 @@ def core_svd(M: Tensor) -> tuple[Triplet, Notes]:
 def psd_eigh(G: Tensor) -> tuple[Tensor, Tensor, Notes]:
     """Eigenvalues (ascending) and eigenvectors of a batch of positive semidefinite matrices.
 
+    Only the upper triangle of G is read.
+
     Raises:
         MemberFailed: neither eigh nor any SVD converged for some member.
     """
     try:
-        values, vectors = torch.linalg.eigh(G)
+        values, vectors = torch.linalg.eigh(G, UPLO="U")
     except LinAlgError:
         # For a positive semidefinite matrix the SVD is an eigendecomposition in reverse order.
-        (vectors, values, _), further = core_svd(G)
+        (vectors, values, _), further = core_svd(G.triu() + G.triu(1).mT)
         notes = [(i, "SVD in place of eigh") for i in range(len(G))]
         return values.flip(-1), vectors.flip(-1), notes + further
     return values, vectors, []

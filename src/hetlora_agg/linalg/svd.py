@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hetlora_agg.errors import ConvergenceError, InputTypeError, InputValueError
-from hetlora_agg.linalg.drivers import DRIVERS, Solution
+from hetlora_agg.errors import ConvergenceError
+from hetlora_agg.linalg.certificate import Certificate, verified
+from hetlora_agg.linalg.door import all_finite, check
+from hetlora_agg.linalg.drivers import DRIVERS
+from hetlora_agg.linalg.execution import limited, resources, run
 from hetlora_agg.linalg.lapack import MemberFailed
+from hetlora_agg.linalg.memory import plan
 from hetlora_agg.linalg.precision import exact_arithmetic
 from hetlora_agg.linalg.select import select_driver
+from hetlora_agg.linalg.solution import Solution
 
 SPLITS: Mapping[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "balanced": lambda U, S, Vh: (U * S.sqrt().unsqueeze(-2), S.sqrt().unsqueeze(-1) * Vh),
@@ -20,31 +26,6 @@ SPLITS: Mapping[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] 
     "right": lambda U, S, Vh: (U, S.unsqueeze(-1) * Vh),
 }
 """Where the singular values go: into both factors, into the left, or into the right one."""
-
-WORKSPACE_BYTES = 1 << 25
-"""The batch is gone through in chunks whose float64 working copies stay under this many bytes on a
-CPU, where what fits the cache is mostly faster than what does not
-(``benchmarks/results/drivers.json``, rows ``workspace``); a single member may exceed it."""
-
-DEVICE_WORKSPACE_BYTES = 1 << 32
-"""The same on a GPU, where few large calls win; only there to bound memory."""
-
-
-@dataclass(frozen=True)
-class Solve:
-    """How one batched SVD was taken: nothing falls back without a word here.
-
-    Attributes:
-        driver: the driver that ran, "gram", "qr" or "dense".
-        norm: Frobenius norm of the whole matrix, ``(*layers,)`` float64.
-        tail: Frobenius norm of what truncation discarded, ``(*layers,)`` float64.
-        fallbacks: ``(batch member, how)`` for members that left the fast path; usually empty.
-    """
-
-    driver: str
-    norm: Tensor
-    tail: Tensor
-    fallbacks: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,16 +38,25 @@ class SVD:
             make W, ``max(out, in) ε Σ ‖b_j‖‖a_j‖``, is exactly zero.
         Vh: ``(*layers, rank, in_features)``, orthonormal rows. Where S is zero, so are the
             component's U and Vh.
-        solve: driver, norms and fallbacks.
+        certificate: driver, norms, error bound and fallbacks.
     """
 
     U: Tensor
     S: Tensor
     Vh: Tensor
-    solve: Solve
+    certificate: Certificate
 
 
-def svd_product(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "auto") -> SVD:
+def svd_product(
+    B: Tensor,
+    A: Tensor,
+    rank: int | None = None,
+    driver: str = "auto",
+    *,
+    verify: bool = False,
+    workers: int | None = None,
+    memory_limit: int | None = None,
+) -> SVD:
     """Leading SVD of ``B @ A`` for every member of a batch.
 
     Signs are fixed: the entry of largest magnitude in each column of U is positive. float16 and
@@ -76,7 +66,12 @@ def svd_product(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "au
         B: ``(*layers, out_features, R)``, floating point.
         A: ``(*layers, R, in_features)``, same dtype, device and leading dimensions.
         rank: number of triplets; None means ``min(R, out_features, in_features)``.
-        driver: "auto" (see `select_driver`), "gram", "qr" or "dense".
+        driver: "auto" (see `select_driver`), one of the exact "gram", "qr", "dense", or one of the
+            approximate "randomized" (through the factors) and "randomized_dense" (forms W).
+        verify: measure the error of what is returned as well; about as much work again.
+        workers: chunks of layers solved at a time on a CPU, each with its share of torch's threads,
+            which are restored afterwards. None is one per thread.
+        memory_limit: bytes that the call may allocate, result included. Chunks shrink to fit.
 
     Returns:
         An `SVD` with ``rank`` triplets (never more than ``min(R, out_features, in_features)``).
@@ -84,18 +79,24 @@ def svd_product(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "au
     Raises:
         InputTypeError: not floating-point tensors, or mixed dtypes or devices.
         InputValueError: shapes that do not fit, NaN or Inf, a rank below 1, an unknown driver.
+        MemoryLimitError: one member alone would exceed ``memory_limit``; nothing was allocated.
         ConvergenceError: no driver converged, or a singular value leaves the result's dtype.
 
-    Cost: about ``(out + in)(R² + R r)`` multiply-adds and one R×R decomposition per member.
+    Cost: about ``(out + in)(R²/2 + R r)`` multiply-adds and one R×R decomposition per member.
 
     Example:
         >>> B, A = torch.eye(4)[:, :2], torch.tensor([[0.0, 3.0, 0.0], [0.0, 0.0, 2.0]])
-        >>> svd_product(B, A, rank=1).S
-        tensor([3.])
+        >>> svd = svd_product(B, A, rank=1, verify=True)
+        >>> svd.S, svd.certificate.error, svd.certificate.tail
+        (tensor([3.]), tensor(2., dtype=torch.float64), tensor(2., dtype=torch.float64))
     """
-    _check(B, A, rank, driver)
-    svd = leading_svd(B, A, rank, driver)
-    return replace(svd, S=as_dtype(svd.S, svd.U.dtype))
+    check(B, A, rank, driver, workers, memory_limit)
+    with limited(workers, memory_limit):
+        svd = leading_svd(B, A, rank, driver)
+        svd = replace(svd, S=as_dtype(svd.S, svd.U.dtype))
+        if not verify:
+            return svd
+        return replace(svd, certificate=verified(svd.certificate, B, A, (svd.U, svd.S, svd.Vh)))
 
 
 def leading_svd(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "auto") -> SVD:
@@ -104,25 +105,38 @@ def leading_svd(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "au
     For callers that go on multiplying: what a float32 singular value loses below 1e-38 or cannot
     hold above 1e38, its square root in both factors still carries.
     """
-    out, R, columns = B.shape[-2], B.shape[-1], A.shape[-1]
+    layers, (out, R), columns = B.shape[:-2], B.shape[-2:], A.shape[-1]
     rank = min(R, out, columns, R if rank is None else rank)
     dtype = B.dtype if B.dtype == torch.float64 else torch.float32
     if driver == "auto":
         driver = select_driver(out, columns, R, rank, dtype, B.device.type)
-    parts: list[SVD] = []
+    B, A = B.reshape(-1, out, R), A.reshape(-1, R, columns)
+    shape = (len(B), out, columns, R, rank)
+    chunk, workers, _ = plan(shape, B.dtype, driver, B.device.type, resources())
+    U = B.new_empty(len(B), out, rank, dtype=dtype)
+    Vh = B.new_empty(len(B), rank, columns, dtype=dtype)
+
+    def solve(start: int) -> tuple[Tensor, Certificate]:
+        some = slice(start, start + chunk)
+        try:
+            solution = DRIVERS[driver](B[some].to(dtype), A[some].to(dtype), rank)
+        except MemberFailed as error:
+            raise ConvergenceError(
+                f"svd_product: no driver converged on batch member {start + error.member} "
+                f"({out}x{columns}, R = {R}); look at that layer's factors for entries of "
+                "wildly different size"
+            ) from error
+        return _finished(solution, U[some], Vh[some], driver, start)
+
     with exact_arithmetic(B.device.type):
-        for b, a in _chunks(B.reshape(-1, out, R), A.reshape(-1, R, columns)):
-            before = sum(len(part.S) for part in parts)
-            try:
-                solution = DRIVERS[driver](b.to(dtype), a.to(dtype), rank)
-            except MemberFailed as error:
-                raise ConvergenceError(
-                    f"svd_product: no driver converged on batch member {before + error.member} "
-                    f"({out}x{columns}, R = {R}); look at that layer's factors for entries of "
-                    "wildly different size"
-                ) from error
-            parts.append(_finished(solution, rank, dtype, driver, before))
-    return _joined(parts, B.shape[:-2])
+        parts = run(solve, range(0, len(B), chunk), workers)
+    S, certificate = _joined(parts)
+    return SVD(
+        U.reshape(*layers, out, rank),
+        S.reshape(*layers, rank),
+        Vh.reshape(*layers, rank, columns),
+        certificate.map(lambda x: x.reshape(layers)),
+    )
 
 
 def as_dtype(S: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,96 +151,49 @@ def as_dtype(S: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _finished(solution: Solution, rank: int, dtype: torch.dtype, driver: str, before: int) -> SVD:
-    """One chunk with what is rounding cut, signs fixed and vectors cast."""
-    U, S, Vh, size, notes = solution
+def _finished(
+    solution: Solution, U_out: Tensor, Vh_out: Tensor, driver: str, before: int
+) -> tuple[Tensor, Certificate]:
+    """One chunk with what is rounding cut, signs fixed, vectors cast into their place."""
+    U, S, Vh, size, pivot, roundings, notes, tail = solution
+    rank = U.shape[-1]
+    noise_share = max(U.shape[-2], Vh.shape[-1]) * torch.finfo(torch.float64).eps
     # Under the rounding of the sums that make W a singular value is noise of dependent or
     # cancelling columns; relative to the size of the terms, since W itself may cancel.
-    noise = max(U.shape[-2], Vh.shape[-1]) * torch.finfo(torch.float64).eps * size
-    S = torch.where(S > noise.unsqueeze(-1), S, 0.0)
+    S = torch.where(S > (noise_share * size).unsqueeze(-1), S, 0.0)
     # Relative to σ_1, so that no square leaves float64.
     top = S[..., :1]
     relative = torch.where(top > 0, S / top, 0.0)
     norm = torch.linalg.vector_norm(relative, dim=-1) * top.squeeze(-1)
-    tail = torch.linalg.vector_norm(relative[..., rank:], dim=-1) * top.squeeze(-1)
+    if tail is None:
+        tail = torch.linalg.vector_norm(relative[..., rank:], dim=-1) * top.squeeze(-1)
+    else:
+        norm = torch.hypot(norm, tail)
     S = S[..., :rank]
-    peak = U.gather(-2, U.abs().argmax(-2, keepdim=True))
-    alive = (S > 0).unsqueeze(-2)
-    sign = torch.where(peak < 0, -1.0, 1.0).to(U)
-    # where, not a product: a dead component may hold anything.
-    U = torch.where(alive, U * sign, 0.0).to(dtype)
-    Vh = torch.where(alive.mT, Vh * sign.mT, 0.0).to(dtype)
+    sign = torch.where(U.amax(-2, keepdim=True) < -U.amin(-2, keepdim=True), -1.0, 1.0).to(U)
+    torch.mul(U, sign, out=U_out)
+    torch.mul(Vh, sign.mT, out=Vh_out)
+    dead = (S == 0).unsqueeze(-2)
+    # On a GPU it costs less to fill than to ask.
+    if U.device.type != "cpu" or bool(dead.any()):
+        # Not by a product: a dead component may hold anything.
+        U_out.masked_fill_(dead, 0.0)
+        Vh_out.masked_fill_(dead.mT, 0.0)
+    # Eight more: casts of both vectors and of S, and a split of S into the factors.
+    unit = torch.finfo(U_out.dtype).eps / 2
+    rounding = (8 + roundings) * unit * norm + 10 * noise_share * size / pivot
     fallbacks = tuple((before + i, how) for i, how in notes)
-    return SVD(U, S, Vh, Solve(driver, norm, tail, fallbacks))
+    kept = (S > 0).sum(-1)
+    return S, Certificate(driver, norm, tail, rounding, size, pivot, kept, fallbacks)
 
 
-def _joined(parts: list[SVD], layers: torch.Size) -> SVD:
-    """The chunks as one, with the leading dimensions given back."""
-
-    def cat(pieces: list[Tensor]) -> Tensor:
-        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return whole.reshape((*layers, *whole.shape[1:]))
-
-    solve = Solve(
-        parts[0].solve.driver,
-        cat([part.solve.norm for part in parts]),
-        cat([part.solve.tail for part in parts]),
-        tuple(note for part in parts for note in part.solve.fallbacks),
-    )
-    U, S, Vh = (cat([getattr(part, name) for part in parts]) for name in ("U", "S", "Vh"))
-    return SVD(U, S, Vh, solve)
-
-
-def _chunks(B: Tensor, A: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The batch in pieces whose float64 copies fit the workspace."""
-    # Two float64 copies of each factor are alive at once in the gram driver, W in the dense one.
-    _, out, R = B.shape
-    per_member = 16 * (out + A.shape[-1]) * R + 24 * R * R
-    workspace = WORKSPACE_BYTES if B.device.type == "cpu" else DEVICE_WORKSPACE_BYTES
-    size = max(1, workspace // max(1, per_member))
-    return list(zip(torch.split(B, size), torch.split(A, size), strict=True))
-
-
-def _check(B: Tensor, A: Tensor, rank: int | None, driver: str) -> None:
-    """Everything svd_product refuses."""
-    for name, X in (("B", B), ("A", A)):
-        if not isinstance(X, Tensor) or not X.is_floating_point() or X.dtype.itemsize < 2:
-            kind = X.dtype if isinstance(X, Tensor) else type(X).__name__
-            raise InputTypeError(
-                f"svd_product: {name} must be a float16, bfloat16, float32 or float64 tensor, "
-                f"got {kind}"
-            )
-        if X.dim() < 2 or 0 in X.shape:
-            raise InputValueError(
-                f"svd_product: {name} must be (*layers, rows, columns), none of them 0, got "
-                f"{tuple(X.shape)}"
-            )
-    if B.dtype != A.dtype or B.device != A.device:
-        raise InputTypeError(
-            f"svd_product: B is {B.dtype} on {B.device}, A is {A.dtype} on {A.device}; "
-            "bring both to one dtype and device"
-        )
-    if B.shape[-1] != A.shape[-2] or B.shape[:-2] != A.shape[:-2]:
-        raise InputValueError(
-            f"svd_product: expected B (*layers, out, R) and A (*layers, R, in), got "
-            f"{tuple(B.shape)} and {tuple(A.shape)}"
-        )
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise InputValueError(f"svd_product: rank must be an integer of at least 1, got {rank!r}")
-    if driver != "auto" and driver not in DRIVERS:
-        raise InputValueError(
-            f"svd_product: unknown driver {driver!r}; known: {sorted(['auto', *DRIVERS])}"
-        )
-    for name, X in (("B", B), ("A", A)):
-        if not all_finite(X):
-            where = (~torch.isfinite(X)).nonzero()[0].tolist()
-            raise InputValueError(f"svd_product: {name} has NaN or Inf, first at {where}")
-
-
-def all_finite(*tensors: Tensor) -> bool:
-    """Whether every entry of all of them is finite; one pass and one read in the usual case."""
-    # A finite sum proves it; an infinite one may be overflow, so then every entry is looked at.
-    total = sum(X.sum(dtype=torch.float64) for X in tensors)
-    if bool(torch.isfinite(torch.as_tensor(total))):
-        return True
-    return all(bool(torch.isfinite(X).all()) for X in tensors)
+def _joined(parts: list[tuple[Tensor, Certificate]]) -> tuple[Tensor, Certificate]:
+    """The chunks' singular values and certificates as one."""
+    first = parts[0][1]
+    S = torch.cat([part for part, _ in parts])
+    fallbacks = tuple(note for _, certificate in parts for note in certificate.fallbacks)
+    columns = zip(*(certificate.tensors().items() for _, certificate in parts), strict=True)
+    joined: dict[str, Any] = {
+        column[0][0]: torch.cat([tensor for _, tensor in column]) for column in columns
+    }
+    return S, replace(first, **joined, fallbacks=fallbacks)

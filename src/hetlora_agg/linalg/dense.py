@@ -1,0 +1,56 @@
+"""The dense driver: W itself, where the factors are no smaller."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hetlora_agg.linalg.gram import MIN_SIGMA
+from hetlora_agg.linalg.lapack import Notes, core_svd, psd_eigh
+from hetlora_agg.linalg.solution import Solution, again, norms, plain
+from hetlora_agg.linalg.symmetric import CAST_BYTES, LEAST_ROWS, gram_matrix
+
+
+def dense(B: Tensor, A: Tensor, rank: int) -> Solution:
+    """Form W in float64, then decompose its smaller side.
+
+    float32 input: ``W Wᵀ = X S² Xᵀ``, ``U = X``, ``Vᵀ = S⁻¹ Xᵀ W`` (transposed where W is tall);
+    members whose wanted singular values are too small for that take the SVD of W, and are named.
+    float64 input: always the SVD of W. Cost ``out·in·(R + min(out, in) / 2)`` multiply-adds and one
+    decomposition per member. Accuracy: backward stable to the ε of float64.
+    """
+    size = (norms(B, -2) * norms(A, -1)).sum(-1)
+    W = accumulated(B, A)
+    if B.dtype == torch.float64:
+        (U, S, Vh), notes = core_svd(W)
+    elif W.shape[-2] <= W.shape[-1]:
+        U, S, Vh, notes = _wide(W, size, rank)
+    else:
+        V, S, Uh, notes = _wide(W.mT, size, rank)
+        U, Vh = Uh.mT, V.mT
+    return plain(U[..., :rank], S, Vh[..., :rank, :], size, notes)
+
+
+def accumulated(B: Tensor, A: Tensor) -> Tensor:
+    """``B @ A (members, out, in)`` in float64, summed over chunks of components."""
+    members, out, R = B.shape
+    W = B.new_zeros(members, out, A.shape[-1], dtype=torch.float64)
+    per_component = 8 * members * (out + A.shape[-1])
+    step = R if B.device.type != "cpu" else max(LEAST_ROWS, CAST_BYTES // per_component)
+    for start in range(0, R, step):
+        some = slice(start, start + step)
+        W.baddbmm_(B[..., some].double(), A[..., some, :].double())
+    return W
+
+
+def _wide(W: Tensor, size: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Notes]:
+    """Leading triplets of a batch with no more rows than columns, through ``W Wᵀ``."""
+    values, vectors, notes = psd_eigh(gram_matrix(W, -1))
+    U, S = vectors.flip(-1)[..., :rank], values.flip(-1).clamp_min(0).sqrt()
+    Vh = (U.mT @ W) / S[..., :rank, None]
+    slow = (~(S[..., rank - 1] > MIN_SIGMA * size)).nonzero().flatten().tolist()
+    if slow:
+        (U_slow, S[slow], Vh_slow), left = again(slow, lambda: core_svd(W[slow]), "SVD of W")
+        U[slow], Vh[slow] = U_slow[..., :rank], Vh_slow[..., :rank, :]
+        notes = notes + left
+    return U, S, Vh, notes

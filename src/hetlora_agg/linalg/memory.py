@@ -1,0 +1,127 @@
+"""How much memory a decomposition takes, known before it starts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from hetlora_agg.errors import InputValueError, MemoryLimitError
+from hetlora_agg.linalg.execution import Resources
+from hetlora_agg.linalg.select import select_driver
+from hetlora_agg.linalg.symmetric import CAST_BYTES
+
+WORKSPACE_BYTES = 1 << 24
+"""A worker's chunk of the batch has working copies of about this many bytes on a CPU, where what
+fits the cache is faster than what does not (``benchmarks/results/kernel.json``, rows
+``workspace``); a single member may exceed it."""
+
+DEVICE_WORKSPACE_BYTES = 1 << 32
+"""The same on a GPU, where few large calls win; only there to bound memory."""
+
+
+class Plan(NamedTuple):
+    """Members per chunk, chunks at a time, and the bytes that takes, results included."""
+
+    chunk: int
+    workers: int
+    bytes: int
+
+
+def predicted_bytes(
+    out_features: int,
+    in_features: int,
+    R: int,
+    rank: int | None = None,
+    layers: int = 1,
+    dtype: torch.dtype = torch.float32,
+    driver: str = "auto",
+    workers: int | None = None,
+    device_type: str = "cpu",
+) -> int:
+    """Peak bytes that `svd_product` allocates, its result included and its arguments not.
+
+    ``results + workers · chunk · (working copies of one member)``. The working copies are counted
+    array by array, LAPACK's workspace among them: never less than what is measured, and seldom
+    more than 1.4 times that (``docs/performance.md``).
+
+    Args:
+        out_features: rows of B.
+        in_features: columns of A.
+        R: columns of B, rows of A.
+        rank: wanted rank; None means ``min(R, out_features, in_features)``.
+        layers: members of the batch.
+        dtype: dtype of the factors.
+        driver: see `svd_product`.
+        workers: chunks at a time; None is one per thread of torch.
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        InputValueError: a size below 1.
+
+    Example:
+        >>> predicted_bytes(4096, 4096, 120, rank=16, workers=1) < 20e6
+        True
+    """
+    for name, size in (("out_features", out_features), ("in_features", in_features), ("R", R)):
+        if size < 1:
+            raise InputValueError(f"predicted_bytes: {name} must be at least 1, got {size}")
+    thin = min(out_features, in_features, R)
+    shape = (layers, out_features, in_features, R, min(thin, rank or thin))
+    if driver == "auto":
+        driver = select_driver(out_features, in_features, R, dtype=dtype, device_type=device_type)
+    return plan(shape, dtype, driver, device_type, Resources(workers)).bytes
+
+
+def plan(
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    driver: str,
+    device_type: str,
+    resources: Resources,
+) -> Plan:
+    """How to go through a batch of ``shape = (members, out, in, R, rank)``.
+
+    Raises:
+        MemoryLimitError: not even one member at a time fits ``resources.memory_limit``.
+    """
+    members, out, columns, R, rank = shape
+    on_cpu = device_type == "cpu"
+    each = working_bytes(out, columns, R, rank, dtype, driver)
+    workers = (resources.workers or torch.get_num_threads()) if on_cpu else 1
+    workspace = WORKSPACE_BYTES if on_cpu else DEVICE_WORKSPACE_BYTES
+    chunk = max(1, min(workspace // each, -(-members // workers)))
+    workers = min(workers, -(-members // chunk))
+    itemsize = 8 if dtype == torch.float64 else 4
+    result = members * rank * (itemsize * (out + columns) + 8)
+    limit = resources.memory_limit
+    if limit is not None and result + workers * chunk * each > limit:
+        room = (limit - result) // each
+        if room < 1:
+            raise MemoryLimitError(
+                f"{members} x ({out}x{columns}), R = {R}, rank {rank} needs {result + each:.3g} "
+                f"bytes, {result:.3g} of them for the result and {each:.3g} to solve one member "
+                f"with driver {driver!r}; memory_limit= allows {limit:.3g}. Raise it, ask for a "
+                "lower rank, or pass fewer layers at a time"
+            )
+        workers = min(workers, room)
+        chunk = min(chunk, room // workers)
+    return Plan(chunk, workers, result + workers * chunk * each)
+
+
+def working_bytes(
+    out: int, columns: int, R: int, rank: int, dtype: torch.dtype, driver: str
+) -> int:
+    """Bytes alive at once while a driver solves one member, its own vectors among them."""
+    exact, both, thin = dtype == torch.float64, out + columns, min(out, columns)
+    half = 4 * both * R if dtype.itemsize < 4 else 0
+    cast = min(8 * max(out, columns) * R, max(CAST_BYTES, 8 * 256 * R))
+    vectors = both * rank * 8
+    core = min(R, thin)
+    if driver == "gram":
+        return half + cast * (1 + exact) + 8 * 12 * R * R + vectors + exact * 8 * both * R
+    if driver == "qr":
+        return half + 2 * 8 * both * R + 8 * 8 * core * R + 2 * vectors
+    W = 8 * out * columns
+    side = 8 * thin * thin
+    return half + cast + W * (2 + 2 * exact) + 6 * side + vectors

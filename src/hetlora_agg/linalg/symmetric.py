@@ -1,0 +1,118 @@
+"""Products whose symmetry or triangles halve the work, in float64, block by block."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK = 100
+"""Block rows are about this wide: narrower ones waste the matrix units, wider ones compute more of
+the half that is known already (``benchmarks/results/kernel.json``, rows ``blocks``)."""
+
+MOST_BLOCKS = 6
+"""More block rows than this save less than a tenth of what is left."""
+
+CAST_BYTES = 1 << 22
+"""Float64 copies of a tall matrix are made in row chunks of this many bytes, which stay in cache
+(``benchmarks/results/kernel.json``, rows ``blocks``)."""
+
+
+LEAST_ROWS = 256
+"""A piece is no shorter than this, however wide X is."""
+
+
+def gram_matrix(X: Tensor, dim: int = -2) -> Tensor:
+    """``XᵀX`` (``dim=-2``) or ``X Xᵀ`` (``dim=-1``) in float64, summed over ``dim``.
+
+    float32 products are exact in float64, so columns of any size keep their relative accuracy.
+
+    Args:
+        X: ``(members, length, R)`` or, with ``dim=-1``, ``(members, R, length)``.
+        dim: which dimension is summed over; the other is R.
+
+    Returns:
+        ``(members, R, R)``, both triangles. Cost ``length·R²/2`` multiply-adds per member and no
+        float64 copy of the whole of X.
+    """
+    R = X.shape[-1] if dim == -2 else X.shape[-2]
+    edges = _edges(R, X.device.type)
+    G = X.new_zeros((*X.shape[:-2], R, R), dtype=torch.float64)
+    for piece in casts(X, dim):
+        rows = piece if dim == -2 else piece.mT
+        for start, stop in edges:
+            G[..., start:stop, :stop].baddbmm_(rows[..., start:stop].mT, rows[..., :stop])
+    for start, stop in edges:
+        G[..., :start, start:stop] = G[..., start:stop, :start].mT
+    return G
+
+
+def congruence(M: Tensor, G: Tensor) -> Tensor:
+    """Upper triangle of ``M G Mᵀ``, M upper triangular, G symmetric; what is below is undefined.
+
+    Cost ``R³/2`` multiply-adds where ``M @ G @ M.mT`` takes ``2 R³``.
+    """
+    edges = _edges(M.shape[-1], M.device.type)
+    # Two or three blocks cost more in calls than they save.
+    if len(edges) < 4:
+        return M @ G @ M.mT
+    H = torch.empty_like(G)
+    for i, (start, stop) in enumerate(edges):
+        row = M[..., start:stop, start:] @ G[..., start:, start:]
+        for begin, end in edges[i:]:
+            H[..., start:stop, begin:end] = row[..., begin - start :] @ M[..., begin:end, begin:].mT
+    return H
+
+
+def exact_product(P: Tensor, Q: Tensor) -> Tensor:
+    """``P @ Q`` in float64, without a float64 copy of all of the longer factor."""
+    if P.shape[-2] >= Q.shape[-1]:
+        Q = Q.double()
+        parts = [rows @ Q for rows in casts(P, -2)]
+    else:
+        P = P.double()
+        parts = [P @ columns for columns in casts(Q, -1)]
+    dim = -2 if P.shape[-2] >= Q.shape[-1] else -1
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def casts(X: Tensor, dim: int) -> Iterator[Tensor]:
+    """X in float64, a piece along ``dim`` at a time; each piece is overwritten by the next."""
+    if X.dtype == torch.float64 or X.device.type != "cpu":
+        yield X.double()
+        return
+    length = X.shape[dim]
+    others = X.numel() // length
+    step = min(length, max(LEAST_ROWS, CAST_BYTES // (8 * others)))
+    scratch = _scratch(step * others)
+    for start in range(0, length, step):
+        piece = X.narrow(dim, start, min(step, length - start))
+        yield scratch[: piece.numel()].view(piece.shape).copy_(piece)
+
+
+_OWN = threading.local()
+
+
+def _scratch(numbers: int) -> Tensor:
+    """This thread's float64 scratch; kept, since the first touch of fresh memory costs more than
+    the cast that goes into it.
+    """
+    kept: Tensor | None = getattr(_OWN, "scratch", None)
+    if kept is not None and len(kept) >= numbers:
+        return kept
+    # Made as an ordinary tensor: one made in inference mode could not be written to outside.
+    with torch.inference_mode(False):
+        fresh = torch.empty(numbers, dtype=torch.float64, device="cpu")
+    if 8 * numbers <= CAST_BYTES:
+        _OWN.scratch = fresh
+    return fresh
+
+
+def _edges(R: int, device_type: str) -> list[tuple[int, int]]:
+    """Block rows of an R×R matrix."""
+    # One large call wins on a GPU as long as nothing else was measured there.
+    blocks = min(MOST_BLOCKS, -(-R // BLOCK)) if device_type == "cpu" else 1
+    ends = [R * i // blocks for i in range(blocks + 1)]
+    return list(zip(ends, ends[1:], strict=False))
