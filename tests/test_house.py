@@ -22,7 +22,7 @@ FLOORS = [
     {"types", "components"},
     {"registry", "checks"},
     {"weighting", "alignment", "combining", "compression", "validation"},
-    {"intake"},
+    {"intake", "budget"},
     {"methods"},
     {"running"},
     {"aggregate", "layers", "distribute"},

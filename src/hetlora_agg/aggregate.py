@@ -6,7 +6,9 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import hetlora_agg.methods  # noqa: F401  (enters every method in METHODS)
+from hetlora_agg.budget import budget, check_resources
 from hetlora_agg.intake import collect
+from hetlora_agg.linalg import limited
 from hetlora_agg.registry import Run, check_options, resolve
 from hetlora_agg.running import Batch, run, to_numpy
 from hetlora_agg.types import AggregationResult
@@ -17,6 +19,8 @@ def aggregate(
     updates: Iterable[Any],
     method: str | Run = "rb",
     *,
+    workers: int | None = None,
+    memory_limit: int | None = None,
     on_bad_client: str = "error",
     max_rank: int | Mapping[Hashable, int] | None = None,
     **options: Any,
@@ -32,6 +36,9 @@ def aggregate(
             with ``A (*layers, rank, in_features)`` and ``B (*layers, out_features, rank)``. Ranks
             may differ; leading dimensions, if any, are a batch of equal layers.
         method: a name from ``METHODS``, or a function ``Components -> AggregationResult``.
+        workers: layers of a batch decomposed at a time on a CPU, each with its share of torch's
+            threads; None is one per thread.
+        memory_limit: bytes that the call may allocate, result included; see `budget`.
         on_bad_client: "error" for NaN or Inf in a factor, or "drop" to leave that client out
             (listed in ``.excluded``; the others' weights then make up the whole).
         max_rank: refuse clients that declare more, one number or one by client id.
@@ -42,6 +49,7 @@ def aggregate(
 
     Raises:
         InputTypeError, InputValueError: what is wrong, with which client, and what to do.
+        MemoryLimitError: ``memory_limit`` is too small; nothing was allocated.
         ConvergenceError: an SVD that no driver could take, or a result beyond its dtype.
 
     Cost: the method's; for SVD methods ``(out + in)(R² + R r)`` multiply-adds, ``R = Σ r_k``.
@@ -56,6 +64,9 @@ def aggregate(
     """
     entry = resolve(method)
     check_options(entry, options)
+    check_resources(workers, memory_limit)
     read, numpy = read_updates(updates, max_rank=max_rank)
-    (result,) = run(entry, [Batch(collect(read), options)], on_bad_client)
+    _, for_svd = budget(memory_limit, {None: read}, None)
+    with limited(workers, for_svd):
+        (result,) = run(entry, [Batch(collect(read), options)], on_bad_client)
     return to_numpy(result) if numpy else result

@@ -22,7 +22,7 @@ class Intake:
     """Everything the clients sent, side by side, scaling folded in.
 
     Attributes:
-        updates: the K updates, read and ordered.
+        updates: the K updates, read and ordered, as views into A and B.
         A: ``(*layers, rows, in_features)`` in the compute dtype.
         B: ``(*layers, out_features, rows)``.
         dtype: dtype of the result; float16 and bfloat16 are computed in float32.
@@ -136,7 +136,10 @@ def collect(updates: Sequence[ClientUpdate], layers: Sequence[str] | None = None
         for k, u in enumerate(updates)
         if _rank(u) > size
     )
-    return Intake(updates, A, B, dtype, bad, notes)
+    # Views into what was put side by side: nobody's tensors, nor a stack of them, are held on to.
+    rows = [u.A.shape[-2] for u in updates]
+    pieces = zip(updates, torch.split(A, rows, -2), torch.split(B, rows, -1), strict=True)
+    return Intake([replace(u, A=a, B=b) for u, a, b in pieces], A, B, dtype, bad, notes)
 
 
 def _rank(update: ClientUpdate) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 import hetlora_agg.methods  # noqa: F401  (enters every method in METHODS)
+from hetlora_agg.budget import budget, check_resources
 from hetlora_agg.checks import as_integer, as_state, check_choice
 from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.intake import collect, name_of
+from hetlora_agg.linalg import limited
 from hetlora_agg.registry import Run, check_options, resolve
 from hetlora_agg.running import Batch, run, to_numpy
 from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank
@@ -28,6 +30,8 @@ def aggregate_layers(
     *,
     missing: str = "error",
     max_group: int | None = None,
+    workers: int | None = None,
+    memory_limit: int | None = None,
     on_bad_client: str = "error",
     max_rank: int | Mapping[Hashable, int] | None = None,
     **options: Any,
@@ -43,7 +47,11 @@ def aggregate_layers(
         missing: what a client counts for in a layer it did not send. "error"; "zero": its update
             there is zero and its weight counts; "renormalise": it is absent there and the others
             make up the whole. Anything but "error" needs ids on all updates.
-        max_group: most layers in one batched call, to bound memory; None is one call per group.
+        max_group: most layers in one batched call; None is one call per group, or as many as
+            ``memory_limit`` has room for.
+        workers: layers decomposed at a time on a CPU, each with its share of torch's threads; None
+            is one per thread.
+        memory_limit: bytes that the call may allocate, results included; see `budget`.
         on_bad_client: "error", or "drop" to leave out clients with NaN or Inf in any layer.
         max_rank: refuse clients that declare more, one number or one by client id.
         **options: the method's own; per-layer state, such as ``previous=``, is a mapping by layer
@@ -54,6 +62,7 @@ def aggregate_layers(
 
     Raises:
         InputTypeError, InputValueError: what is wrong, with which client and layer.
+        MemoryLimitError: ``memory_limit`` is too small for one layer at a time.
         ConvergenceError: an SVD that no driver could take, or a result beyond its dtype.
 
     Cost: the method's, once per group of layers of equal signature, and one copy of the factors.
@@ -68,6 +77,7 @@ def aggregate_layers(
     check_options(entry, options)
     if max_group is not None:
         max_group = as_integer(max_group, "max_group=", at_least=1)
+    check_resources(workers, memory_limit)
     for name, value in options.items():
         if isinstance(value, (LowRank, AggregationResult)):
             raise InputTypeError(
@@ -76,11 +86,19 @@ def aggregate_layers(
     read, numpy = read_layers(layers, missing, max_rank)
     state = {k: v for k, v in options.items() if isinstance(v, Mapping)}
     plain = {k: v for k, v in options.items() if k not in state}
-    groups = _grouped(read, {k: _layer_state(k, v, read) for k, v in state.items()}, max_group)
-    batches = [Batch(collect(stacked, names), {**plain, **own}) for names, stacked, own in groups]
+    stacked_state = {k: _layer_state(k, v, read) for k, v in state.items()}
+    max_group, for_svd = budget(memory_limit, read, max_group)
+    names: list[list[str]] = []
+    batches: list[Batch] = []
+    for group, stacked, own in _grouped(read, stacked_state, max_group):
+        names.append(group)
+        batches.append(Batch(collect(stacked, group), {**plain, **own}))
+        # Or the last group's stack would be held through the whole call.
+        del stacked
     results: dict[str, AggregationResult] = {}
-    for (names, _, _), result in zip(groups, run(entry, batches, on_bad_client), strict=True):
-        results.update(zip(names, _take_apart(result, len(names)), strict=True))
+    with limited(workers, for_svd):
+        for group, result in zip(names, run(entry, batches, on_bad_client), strict=True):
+            results.update(zip(group, _take_apart(result, len(group)), strict=True))
     return {name: to_numpy(results[name]) if numpy else results[name] for name in read}
 
 
@@ -166,20 +184,18 @@ def _layer_state(option: str, given: Mapping[str, Any], layers: Layers) -> dict[
 
 def _grouped(
     layers: Layers, state: Mapping[str, Mapping[str, LowRank]], max_group: int | None
-) -> list[tuple[list[str], list[ClientUpdate], dict[str, LowRank]]]:
+) -> Iterator[tuple[list[str], list[ClientUpdate], dict[str, LowRank]]]:
     """Layers of equal signature: their names, updates and state stacked on a new leading dim."""
     alike: dict[Any, list[str]] = {}
     for layer, updates in layers.items():
         kept = tuple((s[layer].rank, s[layer].A.dtype, s[layer].A.device) for s in state.values())
         alike.setdefault((*map(_signature, updates), kept), []).append(layer)
-    groups = []
     for every in alike.values():
         size = max_group or len(every)
         for names in (every[i : i + size] for i in range(0, len(every), size)):
             columns = zip(*(layers[name] for name in names), strict=True)
             own = {k: _stack([s[name] for name in names]) for k, s in state.items()}
-            groups.append((names, [_stack(list(column)) for column in columns], own))
-    return groups
+            yield names, [_stack(list(column)) for column in columns], own
 
 
 def _signature(update: ClientUpdate) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hetlora_agg.linalg.gram import MIN_SIGMA
 from hetlora_agg.linalg.lapack import Notes, core_svd, psd_eigh
+from hetlora_agg.linalg.memory import check_fallback
 from hetlora_agg.linalg.solution import Solution, again, norms, plain
 from hetlora_agg.linalg.symmetric import CAST_BYTES, LEAST_ROWS, gram_matrix
 
@@ -19,8 +20,7 @@ def dense(B: Tensor, A: Tensor, rank: int) -> Solution:
     float64 input: always the SVD of W. Cost ``out·in·(R + min(out, in) / 2)`` multiply-adds and one
     decomposition per member. Accuracy: backward stable to the ε of float64.
     """
-    size = (norms(B, -2) * norms(A, -1)).sum(-1)
-    W = accumulated(B, A)
+    W, size = _accumulated(B, A)
     if B.dtype == torch.float64:
         (U, S, Vh), notes = core_svd(W)
     elif W.shape[-2] <= W.shape[-1]:
@@ -31,16 +31,19 @@ def dense(B: Tensor, A: Tensor, rank: int) -> Solution:
     return plain(U[..., :rank], S, Vh[..., :rank, :], size, notes)
 
 
-def accumulated(B: Tensor, A: Tensor) -> Tensor:
-    """``B @ A (members, out, in)`` in float64, summed over chunks of components."""
+def _accumulated(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """``B @ A (members, out, in)`` and ``Σ ‖b_j‖‖a_j‖``, float64, over chunks of components."""
     members, out, R = B.shape
     W = B.new_zeros(members, out, A.shape[-1], dtype=torch.float64)
+    size = W.new_zeros(members)
     per_component = 8 * members * (out + A.shape[-1])
     step = R if B.device.type != "cpu" else max(LEAST_ROWS, CAST_BYTES // per_component)
     for start in range(0, R, step):
         some = slice(start, start + step)
-        W.baddbmm_(B[..., some].double(), A[..., some, :].double())
-    return W
+        b, a = B[..., some].double(), A[..., some, :].double()
+        W.baddbmm_(b, a)
+        size += (norms(b, -2) * norms(a, -1)).sum(-1)
+    return W, size
 
 
 def _wide(W: Tensor, size: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Notes]:
@@ -50,6 +53,7 @@ def _wide(W: Tensor, size: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, N
     Vh = (U.mT @ W) / S[..., :rank, None]
     slow = (~(S[..., rank - 1] > MIN_SIGMA * size)).nonzero().flatten().tolist()
     if slow:
+        check_fallback(len(slow), U, W, rank, torch.float64, "dense")
         (U_slow, S[slow], Vh_slow), left = again(slow, lambda: core_svd(W[slow]), "SVD of W")
         U[slow], Vh[slow] = U_slow[..., :rank], Vh_slow[..., :rank, :]
         notes = notes + left

@@ -1,17 +1,14 @@
-"""The drivers by name: one signature, ``(B, A, rank) -> Solution``, all of them interchangeable."""
+"""All drivers by name: one signature, ``(B, A, rank) -> Solution``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from torch import Tensor
+from hetlora_agg.linalg.exact import EXACT, Driver
+from hetlora_agg.linalg.randomized import randomized, randomized_dense
 
-from hetlora_agg.linalg.dense import dense
-from hetlora_agg.linalg.gram import gram
-from hetlora_agg.linalg.qr import qr
-from hetlora_agg.linalg.solution import Solution
-
-Driver = Callable[[Tensor, Tensor, int], Solution]
-
-DRIVERS: Mapping[str, Driver] = {"gram": gram, "qr": qr, "dense": dense}
-"""Exact drivers: each takes ``B (members, out, R)``, ``A (members, R, in)``, float32 or float64."""
+DRIVERS: Mapping[str, Driver] = {
+    **EXACT,
+    "randomized": randomized,
+    "randomized_dense": randomized_dense,
+}

@@ -30,7 +30,8 @@ class Resources:
     memory_limit: int | None = None
 
 
-_RESOURCES: ContextVar[Resources] = ContextVar("hetlora_agg_resources", default=Resources())
+_UNLIMITED = Resources()
+_RESOURCES: ContextVar[Resources] = ContextVar("hetlora_agg_resources", default=_UNLIMITED)
 
 
 def resources() -> Resources:
@@ -63,13 +64,15 @@ def run(solve: Callable[[Piece], Done], pieces: Sequence[Piece], workers: int) -
     if workers <= 1:
         return [solve(piece) for piece in pieces]
 
-    def without_gradients(piece: Piece) -> Done:
-        # Grad mode belongs to the thread; a new one starts with gradients on.
-        with torch.no_grad():
+    limits = resources()
+
+    def on_worker(piece: Piece) -> Done:
+        # Grad mode and limits belong to the thread; a new one starts with gradients on.
+        with torch.no_grad(), limited(limits.workers, limits.memory_limit):
             return solve(piece)
 
     with _POOL.of(workers) as pool:
-        return list(pool.map(without_gradients, pieces))
+        return list(pool.map(on_worker, pieces))
 
 
 class _Pool:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.linalg.lapack import Notes, psd_eigh
+from hetlora_agg.linalg.memory import check_fallback
 from hetlora_agg.linalg.qr import qr
-from hetlora_agg.linalg.solution import Solution, again, norms
+from hetlora_agg.linalg.solution import Solution, again, norms, with_notes
 from hetlora_agg.linalg.symmetric import congruence, exact_product, gram_matrix
 
 MIN_PIVOT = 1e-5
@@ -61,7 +62,8 @@ def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
 
     slow = [i for i, was in enumerate(is_fast) if not was]
     if slow:
-        own, more = again(slow, lambda: _with_notes(qr(B[slow], A[slow], rank)), "Householder QR")
+        check_fallback(len(slow), B, A, rank, B.dtype, "qr")
+        own, more = again(slow, lambda: with_notes(qr(B[slow], A[slow], rank)), "Householder QR")
         # qr knows min(R, out, in) singular values, the Gram matrix R.
         known = torch.nn.functional.pad(own.S, (0, S.shape[-1] - own.S.shape[-1]))
         U[slow], S[slow], Vh[slow] = own.U.to(U), known / scale[slow], own.Vh.to(Vh)
@@ -146,7 +148,3 @@ def _largest(x: Tensor) -> Tensor:
     """Largest entry per member, 1 where all are zero."""
     top = x.amax(-1, keepdim=True)
     return torch.where(top > 0, top, 1.0)
-
-
-def _with_notes(solution: Solution) -> tuple[Solution, Notes]:
-    return solution, solution.notes

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from hetlora_agg.errors import InputValueError, MemoryLimitError
-from hetlora_agg.linalg.execution import Resources
+from hetlora_agg.linalg.execution import Resources, resources
 from hetlora_agg.linalg.select import select_driver
-from hetlora_agg.linalg.symmetric import CAST_BYTES
+from hetlora_agg.linalg.symmetric import CAST_BYTES, LEAST_ROWS
 
 WORKSPACE_BYTES = 1 << 24
 """A worker's chunk of the batch has working copies of about this many bytes on a CPU, where what
@@ -41,9 +42,10 @@ def predicted_bytes(
 ) -> int:
     """Peak bytes that `svd_product` allocates, its result included and its arguments not.
 
-    ``results + workers · chunk · (working copies of one member)``. The working copies are counted
-    array by array, LAPACK's workspace among them: never less than what is measured, and seldom
-    more than 1.4 times that (``docs/performance.md``).
+    ``results + workers · chunk · (working copies of one member)``, never less than what is measured
+    and seldom more than 1.4 times that (``docs/performance.md``). Two things are not in it: what a
+    process allocates once (BLAS buffers, 4 MiB of scratch per thread), and members that leave the
+    fast path, whose needs are checked against ``memory_limit`` before they are solved.
 
     Args:
         out_features: rows of B.
@@ -78,23 +80,23 @@ def plan(
     dtype: torch.dtype,
     driver: str,
     device_type: str,
-    resources: Resources,
+    allowed: Resources,
 ) -> Plan:
     """How to go through a batch of ``shape = (members, out, in, R, rank)``.
 
     Raises:
-        MemoryLimitError: not even one member at a time fits ``resources.memory_limit``.
+        MemoryLimitError: not even one member at a time fits ``allowed.memory_limit``.
     """
     members, out, columns, R, rank = shape
     on_cpu = device_type == "cpu"
     each = working_bytes(out, columns, R, rank, dtype, driver)
-    workers = (resources.workers or torch.get_num_threads()) if on_cpu else 1
+    workers = (allowed.workers or torch.get_num_threads()) if on_cpu else 1
     workspace = WORKSPACE_BYTES if on_cpu else DEVICE_WORKSPACE_BYTES
     chunk = max(1, min(workspace // each, -(-members // workers)))
     workers = min(workers, -(-members // chunk))
     itemsize = 8 if dtype == torch.float64 else 4
     result = members * rank * (itemsize * (out + columns) + 8)
-    limit = resources.memory_limit
+    limit = allowed.memory_limit
     if limit is not None and result + workers * chunk * each > limit:
         room = (limit - result) // each
         if room < 1:
@@ -112,16 +114,44 @@ def plan(
 def working_bytes(
     out: int, columns: int, R: int, rank: int, dtype: torch.dtype, driver: str
 ) -> int:
-    """Bytes alive at once while a driver solves one member, its own vectors among them."""
+    """Bytes alive at once while a driver solves one member, its own vectors among them.
+
+    The numbers of R×R and thin×thin arrays are counts of what lives through the decomposition,
+    LAPACK's workspace included.
+    """
     exact, both, thin = dtype == torch.float64, out + columns, min(out, columns)
-    half = 4 * both * R if dtype.itemsize < 4 else 0
-    cast = min(8 * max(out, columns) * R, max(CAST_BYTES, 8 * 256 * R))
-    vectors = both * rank * 8
-    core = min(R, thin)
-    if driver == "gram":
-        return half + cast * (1 + exact) + 8 * 12 * R * R + vectors + exact * 8 * both * R
-    if driver == "qr":
-        return half + 2 * 8 * both * R + 8 * 8 * core * R + 2 * vectors
-    W = 8 * out * columns
-    side = 8 * thin * thin
-    return half + cast + W * (2 + 2 * exact) + 6 * side + vectors
+    factors, vectors = 8 * both * R, 8 * both * rank
+    # float16 and bfloat16 are computed in float32.
+    copy = 4 * both * R if dtype.itemsize < 4 else 0
+    square, core = 8 * R * R, 8 * min(R, thin) * R
+    W, side = 8 * out * columns, 8 * thin * thin
+    cast = 8 * both * min(R, LEAST_ROWS) + CAST_BYTES
+    needs = {
+        "gram": exact * factors + max(10 * square, 3 * square + vectors + 16 * R * rank),
+        "qr": factors + max(21 * core // 2, 3 * vectors, (not exact) * factors // 2),
+        "dense": 3 * W + 9 * side // 2 if exact else W + max(28 * side // 5, cast) + vectors,
+    }
+    if driver not in needs:
+        # Scaled copies, and the exact driver for members that are handed over to it.
+        name = select_driver(out, columns, R, rank, dtype)
+        return copy + 3 * dtype.itemsize * both * R + needs[name]
+    return copy + needs[driver]
+
+
+def check_fallback(
+    members: int, B: Tensor, A: Tensor, rank: int, dtype: torch.dtype, driver: str
+) -> None:
+    """Refuse to solve some members of a batch another way where that does not fit the limit.
+
+    Raises:
+        MemoryLimitError: what that driver takes for them is above ``memory_limit``.
+    """
+    limit = resources().memory_limit
+    out, columns, R = B.shape[-2], A.shape[-1], B.shape[-1]
+    needed = members * working_bytes(out, columns, R, rank, dtype, driver)
+    if limit is not None and needed > limit:
+        raise MemoryLimitError(
+            f"{members} x ({out}x{columns}), R = {R}, must be solved with driver {driver!r} in "
+            f"{dtype}, since clients duplicate or cancel each other; that needs {needed:.3g} bytes "
+            f"and memory_limit= allows {limit:.3g}; raise it or pass fewer layers at a time"
+        )

@@ -55,6 +55,11 @@ def norms(X: Tensor, dim: int) -> Tensor:
     return norm
 
 
+def with_notes(solution: Solution) -> tuple[Solution, Notes]:
+    """What `again` takes."""
+    return solution, solution.notes
+
+
 def again(slow: list[int], solve: Callable[[], tuple[Any, Notes]], how: str) -> tuple[Any, Notes]:
     """The slow few solved another way; their notes, and a failure, name them in the whole batch."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -68,14 +69,21 @@ def congruence(M: Tensor, G: Tensor) -> Tensor:
 
 def exact_product(P: Tensor, Q: Tensor) -> Tensor:
     """``P @ Q`` in float64, without a float64 copy of all of the longer factor."""
+    product = P.new_empty((*P.shape[:-1], Q.shape[-1]), dtype=torch.float64)
+    start = 0
     if P.shape[-2] >= Q.shape[-1]:
         Q = Q.double()
-        parts = [rows @ Q for rows in casts(P, -2)]
+        for rows in casts(P, -2):
+            stop = start + rows.shape[-2]
+            torch.matmul(rows, Q, out=product[..., start:stop, :])
+            start = stop
     else:
         P = P.double()
-        parts = [P @ columns for columns in casts(Q, -1)]
-    dim = -2 if P.shape[-2] >= Q.shape[-1] else -1
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        for columns in casts(Q, -1):
+            stop = start + columns.shape[-1]
+            torch.matmul(P, columns, out=product[..., start:stop])
+            start = stop
+    return product
 
 
 def casts(X: Tensor, dim: int) -> Iterator[Tensor]:
@@ -115,4 +123,4 @@ def _edges(R: int, device_type: str) -> list[tuple[int, int]]:
     # One large call wins on a GPU as long as nothing else was measured there.
     blocks = min(MOST_BLOCKS, -(-R // BLOCK)) if device_type == "cpu" else 1
     ends = [R * i // blocks for i in range(blocks + 1)]
-    return list(zip(ends, ends[1:], strict=False))
+    return list(pairwise(ends))
