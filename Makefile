@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+THREADS ?= 2
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench results tables clean
+.PHONY: demo test lint bench bench-full results tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hetlora-agg simulate --methods all --out demo --force
@@ -28,11 +29,23 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[test]'
 	touch $@
 
-# What the numbers in README.md and docs/ are read from, then the tables themselves.
-bench: $(VENV)/.test
-	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.bench_drivers
+$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[bench]'
+	touch $@
 
-results: bench
+# The quick benchmark, a few minutes; it replaces no number in docs/.
+bench: $(VENV)/.bench
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.bench_drivers --quick
+
+# What docs/performance.md is made of; takes long. Interrupted, it goes on where it was.
+bench-full: $(VENV)/.bench
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.bench_drivers
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.bench_scaling
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.bench_kernel
+	$(BIN)/python -m benchmarks.plots
+
+# Every number in README.md and docs/, then the tables themselves.
+results: bench-full $(VENV)/.demo
 	$(BIN)/hetlora-agg simulate --methods all --out benchmarks/results --force
 	$(BIN)/python docs/tables.py
 

@@ -1,122 +1,245 @@
-"""Drivers against each other and against what a user could write instead, in one run.
+"""Our drivers against everything a user could run instead, in one process and in turns.
 
-``python -m benchmarks.bench_drivers`` takes about three minutes on two cores and writes
-``results/drivers.json``: every workload of ``workloads.QUICK`` as multiples of LB (the two Gram
-matrices and two output products as plain float32 GEMMs), and the crossover of the drivers over
-R / min(out, in) that ``linalg.select.DENSE_FROM`` was read off.
+``python -m benchmarks.bench_drivers`` measures every workload of `workloads` and writes
+``results/drivers.json``; ``--quick`` keeps to `QUICK` and writes ``results/drivers-quick.json``.
+The unit is LB: the two Gram matrices and two output products as plain GEMMs (the product W itself
+where R > 0.8 min(out, in)). A run that was interrupted goes on where it stopped if neither the
+library nor the benchmark has changed since.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import gc
+import hashlib
+import json
 import os
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peers import dense_loop, excess, gemm_bound, qr_loop
+import hetlora_agg
+from benchmarks import workloads
+from benchmarks.contenders import CONTENDERS, SPINNING, as_factors, machine_speed, refusal
+from benchmarks.memory import limit_threads, probe
+from benchmarks.packages import Problem
+from benchmarks.peers import forms_product, gemm_bound
+from benchmarks.quality import Reference
+from benchmarks.targets import summary, targets
 from benchmarks.timing import interleaved, record
-from benchmarks.workloads import EIGHT_TO_32, QUICK, Workload
-from hetlora_agg.linalg import svd, svd_product
+from benchmarks.workloads import Workload
+from hetlora_agg import linalg
 
-DENSE_LIMIT = 1024
-"""Largest min(out, in) at which one dense SVD per layer is timed: 4096 takes minutes a layer."""
+Case = tuple[Workload, torch.dtype]
 
 
-def measure(workload: Workload) -> dict[str, Any]:
-    """Time every driver and peer on one workload, and their excess error over the optimum."""
-    B, A = workload.factors()
-    r = workload.rank
+@dataclass(frozen=True)
+class Mode:
+    """How much to run.
 
-    def ours(driver: str) -> Callable[[], Any]:
-        return lambda: svd_product(B, A, rank=r, driver=driver)
+    Attributes:
+        name: "quick", "full" or "trial".
+        limit: seconds that one call of a contender may take, or it is skipped.
+        turns: most turns per contender.
+        budget: seconds per contender and workload; whoever takes longer has one turn.
+    """
 
-    runs: dict[str, Callable[[], Any]] = {
-        "LB": lambda: gemm_bound(B, A, r),
-        "auto": ours("auto"),
-        "qr": ours("qr"),
-        "peer QR loop": lambda: qr_loop(B, A, r),
-    }
-    if min(workload.out, workload.columns) <= DENSE_LIMIT:
-        runs["dense"] = ours("dense")
-        runs["peer dense loop"] = lambda: dense_loop(B, A, r)
-    seconds = interleaved(runs)
-    bound = seconds["LB"]["median"]
-    svd = svd_product(B, A, rank=r)
-    root = svd.S.sqrt()
-    peer_B, peer_A = qr_loop(B, A, r)
+    name: str
+    limit: float
+    turns: int
+    budget: float
+
+
+MODES = {
+    "quick": Mode("quick", limit=8.0, turns=11, budget=0.7),
+    "full": Mode("full", limit=60.0, turns=11, budget=2.5),
+    "trial": Mode("trial", limit=0.5, turns=1, budget=0.1),
+}
+
+
+REQUIRED = ("ours", "QR loop")
+"""Never skipped: every ratio is against one of these."""
+
+PATIENCE = 300.0
+"""Their limit in seconds."""
+
+
+class Kept:
+    """A run that keeps its last result until the next turn."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.run = run
+        self.result: Any = None
+
+    def __call__(self) -> None:
+        """One call."""
+        self.result = self.run()
+
+    def reset(self) -> None:
+        """Give the last result back, outside the time."""
+        self.result = None
+        getattr(self.run, "reset", lambda: None)()
+
+
+def cases(mode: Mode) -> list[Case]:
+    """What a mode measures."""
+    single, double = list(workloads.QUICK), list(workloads.QUICK_FLOAT64)
+    if mode.name == "full":
+        single += workloads.MORE
+        double += workloads.MORE_FLOAT64
+    return [(w, torch.float32) for w in single] + [(w, torch.float64) for w in double]
+
+
+def measure(workload: Workload, dtype: torch.dtype, mode: Mode, speed: float) -> dict[str, Any]:
+    """Time, quality and memory of every contender on one workload."""
+    B, A = workload.factors(dtype=dtype)
+    problem = Problem(B, A, workload.ranks, workload.rank)
+    found: dict[str, dict[str, Any]] = {}
+    for name, contender in CONTENDERS.items():
+        if dtype == torch.float64 and not contender.float64:
+            continue
+        limit = PATIENCE if name in REQUIRED else mode.limit
+        reason = refusal(name, workload, dtype, limit, speed)
+        found[name] = {"skipped": reason} if reason else probe(name, workload, dtype, limit)
+    if missing := {name: found[name] for name in REQUIRED if "skipped" in found[name]}:
+        raise RuntimeError(f"{workload.name}: nothing to compare with: {missing}")
+    kept = {n: Kept(CONTENDERS[n].prepare(problem)) for n in found if "skipped" not in found[n]}
+    runs = {"LB": lambda: gemm_bound(B, A, workload.rank), **kept}
+    torch.manual_seed(0)
+    seconds = interleaved(runs, mode.turns, mode.budget, SPINNING)
+    reference, bound = Reference(B, A), seconds["LB"]["median"]
+    for name, run in kept.items():
+        s = seconds[name]
+        found[name] = {
+            "times_LB": s["median"] / bound,
+            "spread": s["slowest"] / s["fastest"],
+            "turns": s["turns"],
+            "against_ours": s["median"] / seconds["ours"]["median"],
+            "peak_bytes": found[name]["peak_bytes"],
+            **_quality(reference, run.result, CONTENDERS[name].scale(workload), workload.rank),
+        }
+        run.reset()
+    row = {**_sizes(workload, dtype), "LB_ms": 1e3 * bound, "contenders": found}
+    return row | _predicted(workload, dtype, found["ours"]["peak_bytes"])
+
+
+def _sizes(workload: Workload, dtype: torch.dtype) -> dict[str, Any]:
+    out, columns, R = workload.out, workload.columns, workload.R
     return {
         "workload": workload.name,
         "layers": workload.layers,
-        "out": workload.out,
-        "in": workload.columns,
-        "R": workload.R,
-        "rank": r,
-        "driver": svd.solve.driver,
-        "LB_ms": 1e3 * bound,
-        "times_LB": {name: s["median"] / bound for name, s in seconds.items()},
-        "spread": {name: s["slowest"] / s["fastest"] for name, s in seconds.items()},
-        "faster_than_qr_loop": seconds["peer QR loop"]["median"] / seconds["auto"]["median"],
-        "excess": excess(B, A, svd.U * root[:, None, :], root[..., None] * svd.Vh, r),
-        "excess_qr_loop": excess(B, A, peer_B, peer_A, r),
+        "out": out,
+        "in": columns,
+        "R": R,
+        "rank": workload.rank,
+        "clients": len(workload.ranks),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "driver": linalg.select_driver(out, columns, R, workload.rank, dtype),
+        "LB_of": "W" if forms_product(out, columns, R) else "Grams",
     }
 
 
-def crossover() -> list[dict[str, Any]]:
-    """Milliseconds per layer of the three drivers as R approaches and passes min(out, in)."""
-    rows = []
-    for size, layers in ((256, 8), (512, 4)):
-        for share in (0.25, 0.5, 0.65, 0.8, 0.9, 1.0, 1.25):
-            g = torch.Generator().manual_seed(0)
-            R = round(share * size)
-            B = torch.randn(layers, size, R, generator=g)
-            A = torch.randn(layers, R, size, generator=g)
-            seconds = interleaved(
-                {
-                    d: lambda d=d, B=B, A=A: svd_product(B, A, rank=32, driver=d)
-                    for d in ("gram", "qr", "dense")
-                },
-                repeats=3,
-            )
-            per_layer = {d: 1e3 * s["median"] / layers for d, s in seconds.items()}
-            rows.append({"size": size, "R/size": share, "ms": per_layer})
-            print(size, share, {d: round(ms, 2) for d, ms in per_layer.items()}, flush=True)
+def _quality(reference: Reference, result: Any, scale: float, rank: int) -> dict[str, Any]:
+    B, A = as_factors(result, scale)
+    if B.shape[-1] != rank:
+        # Not a truncation to this rank, so there is no optimum to compare with.
+        return {"rank": B.shape[-1], "excess": None, "sigma_error": None}
+    return {
+        "rank": rank,
+        "excess": reference.excess(B, A),
+        "sigma_error": reference.sigma_error(B, A),
+    }
+
+
+def _predicted(workload: Workload, dtype: torch.dtype, peak: int | None) -> dict[str, Any]:
+    """The library's own prediction of its peak next to the measured one."""
+    predict = getattr(linalg, "predicted_bytes", None)
+    if predict is None:
+        return {"predicted_bytes": None, "memory_ratio": None}
+    predicted = predict(
+        workload.out,
+        workload.columns,
+        workload.R,
+        rank=workload.rank,
+        layers=workload.layers,
+        dtype=dtype,
+    )
+    ratio = None if peak is None else peak / predicted
+    return {"predicted_bytes": predicted, "memory_ratio": ratio}
+
+
+def code_state() -> str:
+    """A hash of library and benchmark, by which an interrupted run knows that it may go on."""
+    state = hashlib.sha256(torch.__version__.encode())
+    for folder in (Path(hetlora_agg.__file__).parent, Path(__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            state.update(path.read_bytes())
+    return state.hexdigest()[:16]
+
+
+def run_all(todo: Sequence[Case], mode: Mode, so_far: Path) -> list[dict[str, Any]]:
+    """Every case, each written to ``so_far`` as soon as it is there."""
+    rows = json.loads(so_far.read_text()) if so_far.exists() else []
+    done = {(row["workload"], row["dtype"]) for row in rows}
+    speed = machine_speed()
+    for workload, dtype in progress(todo):
+        if (workload.name, str(dtype).removeprefix("torch.")) in done:
+            continue
+        row = measure(workload, dtype, mode, speed)
+        rows.append(row)
+        so_far.write_text(json.dumps(rows))
+        gc.collect()
+        ours, loop = row["contenders"]["ours"], row["contenders"]["QR loop"]
+        print(
+            f"{row['workload']} {row['dtype']}: LB {row['LB_ms']:.2f} ms, ours "
+            f"{ours['times_LB']:.2f} LB, QR loop {loop['against_ours']:.2f} times that, excess "
+            f"{ours['excess']:.1e}, memory {row['memory_ratio'] or 0:.2f} of what is predicted",
+            flush=True,
+        )
     return rows
 
 
-def workspace() -> list[dict[str, Any]]:
-    """Milliseconds per layer of a batch of layers over the size of a chunk's working copies."""
-    rows = []
-    before = svd.WORKSPACE_BYTES
-    for shape in (Workload("", 48, 768, 768, EIGHT_TO_32, 32), QUICK[3], QUICK[4]):
-        B, A = replace(shape, layers=max(8, shape.layers)).factors()
-
-        def run(size: int, B: Any = B, A: Any = A, rank: int = shape.rank) -> Any:
-            svd.WORKSPACE_BYTES = size
-            return svd_product(B, A, rank=rank)
-
-        sizes = [1 << power for power in (23, 25, 27, 29)]
-        seconds = interleaved({str(size): partial(run, size) for size in sizes}, repeats=3)
-        per_layer = {size: 1e3 * s["median"] / len(B) for size, s in seconds.items()}
-        rows.append({"out": shape.out, "in": shape.columns, "R": shape.R, "ms": per_layer})
-        print("workspace", rows[-1], flush=True)
-    svd.WORKSPACE_BYTES = before
-    return rows
+def progress(todo: Sequence[Any]) -> Any:
+    """A progress bar on a terminal, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return todo
+    return tqdm(todo, disable=None)
 
 
 def main() -> None:
     """Run everything, print as it goes, write the JSON."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    rows = []
-    for workload in QUICK:
-        row = measure(workload)
-        rows.append(row)
-        multiples = {name: round(x, 1) for name, x in row["times_LB"].items()}
-        print(f"{workload.name}: {multiples}, excess {row['excess']:.1e}", flush=True)
-    results = {"workloads": rows, "crossover": crossover(), "workspace": workspace()}
-    print(record("drivers", results))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--mode", choices=MODES, default="full")
+    parser.add_argument("--quick", dest="mode", action="store_const", const="quick")
+    mode = MODES[parser.parse_args().mode]
+    limit_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    key = f"{mode.name}-{torch.get_num_threads()}-{code_state()}"
+    so_far = Path(tempfile.gettempdir()) / f"hetlora_agg-drivers-{key}.json"
+    start = time.perf_counter()
+    rows = run_all(cases(mode), mode, so_far)
+    results = {
+        "mode": dataclasses.asdict(mode),
+        # Of this process only: what an interrupted run has measured before is not counted.
+        "minutes": (time.perf_counter() - start) / 60,
+        "contenders": {name: contender.note for name, contender in CONTENDERS.items()},
+        "workloads": rows,
+        "summary": summary(rows),
+        "targets": targets(rows),
+    }
+    for target in results["targets"]:
+        verdict = "absent" if target["measured"] is None else "met" if target["met"] else "MISSED"
+        print(f"{verdict:6}", target["name"], target["target"], target["measured"])
+    print(record("drivers-quick" if mode.name == "quick" else "drivers", results))
+    so_far.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

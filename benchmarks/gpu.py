@@ -3,22 +3,31 @@
 ``python -m benchmarks.gpu`` writes ``results/gpu.json``. Without a CUDA device it says so and
 writes nothing. Per workload: the largest difference between the CPU's and the GPU's answer in
 units of the stated bound ``20·max(out, in)·ε·S``, time on the GPU next to its floor, and next to
-the QR loop moved to the same GPU.
+the QR loop moved to the same GPU. Each Triton kernel next to its torch twin: agreement, and which
+of the two is ahead; a kernel that wins is entered in ``linalg.kernels.MEASURED_WINS`` by hand.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from benchmarks.peers import qr_loop
 from benchmarks.timing import interleaved, record
-from benchmarks.workloads import LLAMA_8B, QUICK, Workload
+from benchmarks.workloads import LLAMA_8B, QUICK, TEN_TO_64, TEN_TO_256, Workload
 from hetlora_agg import METHODS, ClientUpdate, HetLoRAError, aggregate
 from hetlora_agg.linalg import product_norm, svd_product
+from hetlora_agg.linalg.kernels import available, jacobi, ragged_gram, ragged_output
+
+ALL_LINEAR_R936 = tuple(
+    replace(w, name=f"{w.name}-R936", ranks=TEN_TO_256, rank=256, layers=w.layers // 8)
+    for w in LLAMA_8B
+)
+"""An eighth of the layers: time per layer is what is compared, and all would not fit at once."""
 
 
 def ceilings() -> dict[str, float]:
@@ -102,6 +111,47 @@ def speed(workload: Workload, rates: dict[str, float]) -> dict[str, Any]:
     }
 
 
+def kernels() -> list[dict[str, Any]]:
+    """Each Triton kernel against its torch twin on the GPU: difference, milliseconds, who wins."""
+    if not available("cuda"):
+        return []
+    g = torch.Generator(device="cuda").manual_seed(0)
+    rows = []
+    for ranks, rank, members in ((TEN_TO_64, 16, 64), (TEN_TO_256, 256, 8)):
+        for dtype in (torch.float32, torch.bfloat16):
+            blocks = [
+                torch.randn(members, 4096, r, device="cuda", generator=g).to(dtype) for r in ranks
+            ]
+            share = torch.rand(members, sum(ranks), device="cuda", generator=g).double()
+            M = torch.randn(members, sum(ranks), rank, device="cuda", generator=g).double()
+            size = {"members": members, "R": sum(ranks), "rank": rank, "dtype": str(dtype)}
+            gram = _twins(lambda b, x=blocks, s=share: ragged_gram(x, s, backend=b).G)
+            output = _twins(lambda b, x=blocks, s=share, m=M: ragged_output(x, m, s, backend=b))
+            rows += [
+                {"kernel": "ragged_gram", **size, **gram},
+                {"kernel": "ragged_output", **size, **output},
+            ]
+    for R in (8, 16, 32, 48, 64):
+        X = torch.randn(256, 2 * R, R, device="cuda", generator=g).double()
+        G = X.mT @ X
+        times = _twins(lambda b, G=G: jacobi(G, backend=b).values)
+        eigh = _median(lambda G=G: torch.linalg.eigh(G))
+        rows.append({"kernel": "jacobi", "members": 256, "R": R, **times, "eigh_ms": 1e3 * eigh})
+    return rows
+
+
+def _twins(run: Callable[[str], torch.Tensor]) -> dict[str, float]:
+    """Relative difference of the two backends' results, and both times."""
+    found = {backend: run(backend).double() for backend in ("triton", "torch")}
+    difference = (found["triton"] - found["torch"]).norm() / found["torch"].norm()
+    seconds = interleaved({b: lambda b=b: run(b) for b in found}, budget=5)
+    return {
+        "difference": float(difference),
+        **{f"{b}_ms": 1e3 * s["median"] for b, s in seconds.items()},
+        "torch_over_triton": seconds["torch"]["median"] / seconds["triton"]["median"],
+    }
+
+
 def main() -> int:
     """Run everything; 1 without a CUDA device."""
     if not torch.cuda.is_available():
@@ -111,13 +161,19 @@ def main() -> int:
     print(rates, flush=True)
     agree, times = [agreement(w) for w in QUICK], []
     print(agree, flush=True)
-    methods = method_agreement()
-    print(methods, flush=True)
-    for workload in (*QUICK, *LLAMA_8B):
+    methods, twins = method_agreement(), kernels()
+    print(methods, twins, flush=True)
+    for workload in (*QUICK, *LLAMA_8B, *ALL_LINEAR_R936):
         times.append(speed(workload, rates))
         print(times[-1], flush=True)
         torch.cuda.empty_cache()
-    results = {"ceilings": rates, "agreement": agree, "methods": methods, "speed": times}
+    results = {
+        "ceilings": rates,
+        "agreement": agree,
+        "methods": methods,
+        "kernels": twins,
+        "speed": times,
+    }
     print(record("gpu", results))
     return 0
 

@@ -10,21 +10,21 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hetlora_agg import METHODS
 
 PROJECT = Path(__file__).parent.parent
+# Run as a script, only docs/ is on the path.
+sys.path.insert(0, str(PROJECT))
+
+from benchmarks import report, report_kernel  # noqa: E402
+from benchmarks.report import markdown  # noqa: E402
+
 RESULTS = PROJECT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/methods.md", "docs/performance.md")
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def claim(entry: Any, name: str) -> str:
@@ -81,56 +81,10 @@ def simulation() -> str:
     return f"{caption}\n\n{markdown(head, rows)}"
 
 
-def drivers() -> str:
-    """The driver benchmark, as multiples of LB."""
-    document = json.loads((RESULTS / "drivers.json").read_text())
-    names = ("auto", "qr", "dense", "peer QR loop", "peer dense loop")
-    rows = []
-    for row in document["results"]["workloads"]:
-        times = row["times_LB"]
-        shape = f"{row['layers']} × {row['out']}×{row['in']}, R = {row['R']}, r = {row['rank']}"
-        rows.append(
-            [row["workload"], shape, row["driver"], f"{row['LB_ms']:.2f}"]
-            + [f"{times[n]:.1f}" if n in times else "–" for n in names]
-            + [f"{row['faster_than_qr_loop']:.1f}×", f"{row['excess']:.0e}"]
-            + [f"{row['excess_qr_loop']:.0e}"]
-        )
-    head = ["workload", "size", "auto picks", "LB ms", *names, "against the QR loop"]
-    return markdown([*head, "excess error", "its excess error"], rows)
-
-
-def crossover() -> str:
-    """Milliseconds per layer of the three drivers over R / min(out, in)."""
-    document = json.loads((RESULTS / "drivers.json").read_text())
-    rows = [
-        [str(row["size"]), f"{row['R/size']:g}", *(f"{t:.2f}" for t in row["ms"].values())]
-        for row in document["results"]["crossover"]
-    ]
-    return markdown(["out = in", "R / in", "gram ms", "qr ms", "dense ms"], rows)
-
-
-def workspace() -> str:
-    """Milliseconds per layer over the size of a chunk's working copies."""
-    rows = json.loads((RESULTS / "drivers.json").read_text())["results"]["workspace"]
-    head = ["size", *(f"{int(size) >> 20} MiB" for size in rows[0]["ms"])]
-    return markdown(
-        head,
-        [
-            [f"{r['out']}×{r['in']}, R = {r['R']}", *(f"{t:.1f} ms" for t in r["ms"].values())]
-            for r in rows
-        ],
-    )
-
-
-def machine() -> str:
-    """What the driver benchmark ran on."""
-    m = json.loads((RESULTS / "drivers.json").read_text())["machine"]
-    return f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, commit {m['commit']}."
-
-
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f
-    for f in (methods, method_cards, simulation, drivers, crossover, workspace, machine)
+    **{f.__name__: f for f in (methods, method_cards, simulation)},
+    **report.TABLES,
+    **report_kernel.TABLES,
 }
 
 

@@ -21,6 +21,8 @@ from hetlora_agg.linalg import (
     squared_norms,
     svd_product,
 )
+from hetlora_agg.linalg import gram as gram_module
+from hetlora_agg.linalg import lapack as lapack_module
 from hetlora_agg.linalg import memory as memory_module
 from hetlora_agg.linalg import svd as svd_module
 from tolerance import distance, eps, recompressed_gate
@@ -387,6 +389,24 @@ def test_a_small_workspace_gives_the_same_with_members_numbered_through(driver, 
             assert (
                 abs(float(chunked.certificate.tail[index] - whole.certificate.tail[index])) <= gate
             )
+
+
+@pytest.mark.parametrize("name", ["plain", "one client with B = 0", "denormal B", "shared A"])
+def test_fused_kernels_give_the_same_where_they_are_selected(name, monkeypatch):
+    # on a CPU "auto" runs their torch twins: what is tested is that they are fitted in rightly
+    B, A = (torch.stack([X, 2 * X]).float() for X in NAMED[name])
+    asked = []
+
+    def chosen(kernel, device_type):
+        asked.append(kernel)
+        return True
+
+    monkeypatch.setattr(gram_module, "selected", chosen)
+    monkeypatch.setattr(lapack_module, "selected", chosen)
+    svd = svd_product(B, A, rank=4, driver="gram")
+    assert {"ragged_gram", "ragged_output", "jacobi"} <= set(asked)
+    for i in range(2):
+        assert_leading_svd(B, A, svd, (i,))
 
 
 # --- when LAPACK does not converge --------------------------------------------------------------

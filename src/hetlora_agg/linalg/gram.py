@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hetlora_agg.linalg.kernels import ragged_gram, ragged_output, selected
 from hetlora_agg.linalg.lapack import Notes, psd_eigh
 from hetlora_agg.linalg.memory import check_fallback
 from hetlora_agg.linalg.qr import qr
@@ -57,8 +58,8 @@ def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
     # The one place where the host waits for the numbers.
     is_fast, is_narrow = torch.stack([fast, narrow]).tolist()
     live = (D > 0).unsqueeze(-1)
-    U = _multiplied(left.X, torch.where(live, M * left.to_unit, 0.0), is_narrow)
-    Vh = _multiplied(torch.where(live, N * right.to_unit, 0.0).mT, right.X, is_narrow)
+    U = _vectors(left, torch.where(live, M * left.to_unit, 0.0), is_narrow)
+    Vh = _vectors(right, torch.where(live, N * right.to_unit, 0.0), is_narrow).mT
 
     slow = [i for i, was in enumerate(is_fast) if not was]
     if slow:
@@ -75,9 +76,10 @@ def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
 
 
 class _Units(NamedTuple):
-    """Vectors along one dimension of X; ``to_unit`` times them has norm 1 (0 where X has none)."""
+    """Vectors along dimension ``dim`` of X; ``to_unit`` times them has norm 1 (0 for zero ones)."""
 
     X: Tensor
+    dim: int
     to_unit: Tensor
     gram: Tensor
     norm: Tensor
@@ -89,11 +91,15 @@ def _unit_vectors(X: Tensor, dim: int) -> _Units:
         # Scaled first: the squares of float64 entries may leave float64.
         norm = norms(X, dim)
         X = X / torch.where(norm > 0, norm, 1.0).unsqueeze(dim)
-        return _Units(X, torch.ones_like(norm).unsqueeze(-1), gram_matrix(X, dim), norm)
+        return _Units(X, dim, torch.ones_like(norm).unsqueeze(-1), gram_matrix(X, dim), norm)
+    if selected("ragged_gram", X.device.type):
+        G, norm = ragged_gram([X if dim == -2 else X.mT])
+        return _Units(X, dim, 1 / torch.where(norm > 0, norm, 1.0).unsqueeze(-1), G, norm)
     G = gram_matrix(X, dim)
     norm = G.diagonal(dim1=-2, dim2=-1).sqrt()
     to_unit = 1 / torch.where(norm > 0, norm, 1.0)
-    return _Units(X, to_unit.unsqueeze(-1), G * to_unit.unsqueeze(-1) * to_unit.unsqueeze(-2), norm)
+    G = G * to_unit.unsqueeze(-1) * to_unit.unsqueeze(-2)
+    return _Units(X, dim, to_unit.unsqueeze(-1), G, norm)
 
 
 def _core(
@@ -133,15 +139,23 @@ def _float32_will_do(
     return (tail >= HIDING_TAIL**2 * norm) & (growth < MOST_GROWTH) & in_range.all(-1)
 
 
-def _multiplied(P: Tensor, Q: Tensor, narrow: list[bool]) -> Tensor:
-    """``P @ Q``: in float32 for members that are narrow, in float64 for all others."""
+def _vectors(side: _Units, M: Tensor, narrow: list[bool]) -> Tensor:
+    """The vectors of X times ``M (members, R, r)``, ``(members, length, r)``.
+
+    In float32 for members that are narrow, in float64 for all others.
+    """
+    X = side.X
+    if selected("ragged_output", X.device.type):
+        return ragged_output([X if side.dim == -2 else X.mT], M)
+    # The product in the order that leaves it contiguous as it is used.
+    P, Q = (X, M) if side.dim == -2 else (M.mT, X)
     if all(narrow):
-        return P.float() @ Q.float()
-    exact = exact_product(P, Q)
-    if any(narrow):
-        which = [i for i, can in enumerate(narrow) if can]
-        exact[which] = (P[which].float() @ Q[which].float()).double()
-    return exact
+        product = P.float() @ Q.float()
+    else:
+        product = exact_product(P, Q)
+        some = [i for i, can in enumerate(narrow) if can]
+        product[some] = (P[some].float() @ Q[some].float()).double()
+    return product if side.dim == -2 else product.mT
 
 
 def _largest(x: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from hetlora_agg.linalg.kernels import jacobi, selected
+from hetlora_agg.linalg.kernels.jacobi import MAX_SIZE
+
 Triplet = tuple[Tensor, Tensor, Tensor]
 
 Notes = list[tuple[int, str]]
@@ -51,6 +54,10 @@ def psd_eigh(G: Tensor) -> tuple[Tensor, Tensor, Notes]:
     Raises:
         MemberFailed: neither eigh nor any SVD converged for some member.
     """
+    if selected("jacobi", G.device.type) and G.shape[-1] <= MAX_SIZE:
+        found = jacobi(G.mT)
+        if bool(found.converged.all()):
+            return found.values, found.vectors, []
     try:
         values, vectors = torch.linalg.eigh(G, UPLO="U")
     except LinAlgError:

@@ -10,7 +10,7 @@ from torch import Tensor
 from hetlora_agg.errors import InputValueError, MemoryLimitError
 from hetlora_agg.linalg.execution import Resources, resources
 from hetlora_agg.linalg.select import select_driver
-from hetlora_agg.linalg.symmetric import CAST_BYTES, LEAST_ROWS
+from hetlora_agg.linalg.symmetric import LEAST_ROWS
 
 WORKSPACE_BYTES = 1 << 24
 """A worker's chunk of the batch has working copies of about this many bytes on a CPU, where what
@@ -125,7 +125,7 @@ def working_bytes(
     copy = 4 * both * R if dtype.itemsize < 4 else 0
     square, core = 8 * R * R, 8 * min(R, thin) * R
     W, side = 8 * out * columns, 8 * thin * thin
-    cast = 8 * both * min(R, LEAST_ROWS) + CAST_BYTES
+    cast = 8 * both * min(R, LEAST_ROWS)
     needs = {
         "gram": exact * factors + max(10 * square, 3 * square + vectors + 16 * R * rank),
         "qr": factors + max(21 * core // 2, 3 * vectors, (not exact) * factors // 2),

@@ -9,10 +9,8 @@ import torch
 Driver = Literal["gram", "qr", "dense"]
 
 DENSE_FROM = 0.8
-"""R / min(out, in) above which W itself is the smallest thing to decompose.
-
-Measured by ``python -m benchmarks.bench_drivers``: ``benchmarks/results/drivers.json``, rows
-``crossover``."""
+"""R / min(out, in) above which W itself is the smallest thing to decompose
+(``benchmarks/results/kernel.json``, rows ``crossover``)."""
 
 
 def select_driver(
@@ -27,9 +25,14 @@ def select_driver(
 
     Rules, in the order of the code, with ``D = min(out_features, in_features)``:
 
-    1. ``R > 0.8 D``: ``"dense"``. The factors are no smaller than the matrix, so it is formed.
+    1. ``R > 0.8 D``: ``"dense"``. The factors are no smaller than the matrix, so it is formed
+       (threshold: ``benchmarks/results/kernel.json``, rows ``crossover``).
     2. float64 input: ``"qr"``. A Gram matrix would halve the digits the caller paid for.
     3. otherwise ``"gram"``: float64 Gram matrices lose less than the rounding of the input.
+
+    What sizes cannot tell is decided per member, inside the drivers: members whose clients
+    duplicate or cancel each other leave `gram` for `qr`, and `dense` for the SVD of W, and are
+    named in the certificate. Approximate drivers are never chosen here.
 
     Args:
         out_features: rows of B.

@@ -1,0 +1,144 @@
+"""What the constants in ``hetlora_agg.linalg`` were read off.
+
+``python -m benchmarks.bench_kernel`` writes ``results/kernel.json``:
+``crossover``, the exact drivers over R / min(out, in), for ``select.DENSE_FROM``; ``workspace``,
+chunks of the batch over their size; ``blocks``, the symmetric products over the width of a block
+row and over the size of a cast; ``sampling``, the randomized driver against the exact one over the
+share of the directions that it samples.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from benchmarks.memory import limit_threads
+from benchmarks.timing import interleaved, record
+from benchmarks.workloads import EIGHT_TO_32, LLAMA_Q_R120, LLAMA_Q_R936, QUICK, Workload
+from hetlora_agg.linalg import svd_product
+
+CONSTANTS = {
+    "workspace": ("hetlora_agg.linalg.memory", "WORKSPACE_BYTES"),
+    "block": ("hetlora_agg.linalg.symmetric", "BLOCK"),
+    "cast": ("hetlora_agg.linalg.symmetric", "CAST_BYTES"),
+    "share": ("hetlora_agg.linalg.randomized", "MOST_SHARE"),
+    "oversampling": ("hetlora_agg.linalg.randomized", "OVERSAMPLING"),
+}
+"""Where each constant lives; the one place to change when it moves."""
+
+
+@contextmanager
+def constant(name: str, value: int) -> Iterator[None]:
+    """The library with another value of a constant."""
+    where, attribute = CONSTANTS[name]
+    module = import_module(where)
+    before = getattr(module, attribute)
+    setattr(module, attribute, value)
+    try:
+        yield
+    finally:
+        setattr(module, attribute, before)
+
+
+def crossover() -> list[dict[str, Any]]:
+    """Milliseconds per layer of the three drivers as R approaches and passes min(out, in)."""
+    rows = []
+    for size, layers in ((256, 8), (512, 4)):
+        for share in (0.25, 0.5, 0.65, 0.8, 0.9, 1.0, 1.25):
+            g = torch.Generator().manual_seed(0)
+            R = round(share * size)
+            B = torch.randn(layers, size, R, generator=g)
+            A = torch.randn(layers, R, size, generator=g)
+            seconds = interleaved(
+                {d: partial(svd_product, B, A, 32, driver=d) for d in ("gram", "qr", "dense")},
+                repeats=3,
+            )
+            per_layer = {d: 1e3 * s["median"] / layers for d, s in seconds.items()}
+            rows.append({"size": size, "R/size": share, "ms": per_layer})
+            print(size, share, {d: round(ms, 2) for d, ms in per_layer.items()}, flush=True)
+    return rows
+
+
+def workspace() -> list[dict[str, Any]]:
+    """Milliseconds per layer of a batch of layers over the size of a chunk's working copies."""
+    rows = []
+    for shape in (Workload("", 48, 768, 768, EIGHT_TO_32, 32), QUICK[3], LLAMA_Q_R120):
+        B, A = replace(shape, layers=max(8, shape.layers)).factors()
+
+        def run(size: int, B: Any = B, A: Any = A, rank: int = shape.rank) -> Any:
+            with constant("workspace", size):
+                return svd_product(B, A, rank=rank)
+
+        sizes = [1 << power for power in (22, 24, 26, 28)]
+        seconds = interleaved({str(size): partial(run, size) for size in sizes}, repeats=3)
+        per_layer = {size: 1e3 * s["median"] / len(B) for size, s in seconds.items()}
+        rows.append({"out": shape.out, "in": shape.columns, "R": shape.R, "ms": per_layer})
+        print("workspace", rows[-1], flush=True)
+    return rows
+
+
+def blocks() -> list[dict[str, Any]]:
+    """Milliseconds of one float64 Gram matrix over the width of its block rows and casts."""
+    symmetric = import_module(CONSTANTS["block"][0])
+    rows = []
+    for length, R in ((4096, 936), (4096, 120), (768, 192)):
+        X = torch.randn(1, length, R, generator=torch.Generator().manual_seed(0))
+
+        def run(name: str, value: int, X: Any = X) -> Any:
+            with constant(name, value):
+                return symmetric.gram_matrix(X)
+
+        choices = [("block", w) for w in (50, 100, 200, 1 << 20)]
+        choices += [("cast", 1 << power) for power in (20, 22, 24, 26)]
+        runs = {f"{name} {value}": partial(run, name, value) for name, value in choices}
+        seconds = interleaved(runs, repeats=9, budget=2)
+        ms = {name: 1e3 * s["median"] for name, s in seconds.items()}
+        rows.append({"length": length, "R": R, "ms": ms})
+        print("blocks", rows[-1], flush=True)
+    return rows
+
+
+def sampling() -> list[dict[str, Any]]:
+    """Milliseconds of the randomized driver, kept from giving up, and of the exact one."""
+    rows = []
+    where, attribute = CONSTANTS["oversampling"]
+    extra = getattr(import_module(where), attribute)
+    for share in (32, 16, 8, 4):
+        workload = replace(LLAMA_Q_R936, rank=LLAMA_Q_R936.R // share - extra)
+        B, A = workload.factors()
+
+        def sampled(B: Any = B, A: Any = A, rank: int = workload.rank) -> Any:
+            # No share is too large for a limit of 1/0.
+            with constant("share", 0):
+                return svd_product(B, A, rank=rank, driver="randomized")
+
+        runs = {"exact": partial(svd_product, B, A, workload.rank), "sampling": sampled}
+        seconds = interleaved(runs, repeats=3, budget=3)
+        row = {"out": workload.out, "in": workload.columns, "R": workload.R}
+        row |= {"rank": workload.rank, "share": (workload.rank + extra) / workload.R}
+        rows.append({**row, "ms": {name: 1e3 * s["median"] for name, s in seconds.items()}})
+        print("sampling", rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Run everything, print as it goes, write the JSON."""
+    limit_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    results = {
+        "blocks": blocks(),
+        "sampling": sampling(),
+        "workspace": workspace(),
+        "crossover": crossover(),
+    }
+    print(record("kernel", results))
+
+
+if __name__ == "__main__":
+    main()
