@@ -17,6 +17,7 @@ from hetlora_agg.linalg.execution import limited, resources, run
 from hetlora_agg.linalg.lapack import MemberFailed
 from hetlora_agg.linalg.memory import plan
 from hetlora_agg.linalg.precision import exact_arithmetic
+from hetlora_agg.linalg.products import column_extremes
 from hetlora_agg.linalg.select import select_driver
 from hetlora_agg.linalg.solution import Solution
 
@@ -170,7 +171,8 @@ def _finished(
     else:
         norm = torch.hypot(norm, tail)
     S = S[..., :rank]
-    sign = torch.where(U.amax(-2, keepdim=True) < -U.amin(-2, keepdim=True), -1.0, 1.0).to(U)
+    high, low = column_extremes(U)
+    sign = torch.where(high < -low, -1.0, 1.0).to(U).unsqueeze(-2)
     torch.mul(U, sign, out=U_out)
     torch.mul(Vh, sign.mT, out=Vh_out)
     dead = (S == 0).unsqueeze(-2)
