@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.linalg.kernels import ragged_gram, ragged_output, selected
-from hetlora_agg.linalg.lapack import Notes, psd_eigh
+from hetlora_agg.linalg.lapack import psd_eigh
 from hetlora_agg.linalg.memory import check_fallback
 from hetlora_agg.linalg.qr import qr
 from hetlora_agg.linalg.solution import Solution, again, norms, with_notes
@@ -46,100 +46,101 @@ def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
     eigendecomposition. Accuracy for float32 input: below its rounding. For float64 input the
     product keeps its digits, the vectors of small singular values only six: use `qr`.
     """
-    left, right = _unit_vectors(B, -2), _unit_vectors(A, -1)
-    scale = _largest(left.norm) * _largest(right.norm)
-    D = (left.norm / _largest(left.norm)) * (right.norm / _largest(right.norm))
+    left, right = _side(B, -2), _side(A, -1)
+    top_B, top_A = _largest(left.norm), _largest(right.norm)
+    D = (left.norm / top_B) * (right.norm / top_A)
+    # A pair with a zero in it contributes nothing and is left out of everything.
+    live = D > 0
+    unit_B, unit_A = (torch.where(live, 1 / side.length, 0.0) for side in (left, right))
     size = D.sum(-1)
-    S, M, N, pivot, notes = _core(left.gram, right.gram, D, rank)
 
-    growth = torch.maximum(M.norm(dim=-2).amax(-1), N.norm(dim=-2).amax(-1))
+    G = left.gram * (unit_B.unsqueeze(-1) * unit_B.unsqueeze(-2))
+    # Exactly 1, for pairs that were left out too: it keeps Cholesky regular.
+    G.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    L, info = torch.linalg.cholesky_ex(G)
+    # Whoever failed here is solved again below; zeros keep its rows from spoiling the batch.
+    L = torch.where((info == 0)[:, None, None], L, 0.0)
+    core = L.mT * (D * unit_A).unsqueeze(-2)
+    values, vectors, notes = psd_eigh(congruence(core, right.gram))
+    S, X = values.flip(-1).clamp_min(0).sqrt(), vectors[..., -rank:].flip(-1)
+    M = torch.linalg.solve_triangular(L.mT, X, upper=True)
+    N = (core.mT @ X) / S[..., None, :rank]
+
+    pivot = L.diagonal(dim1=-2, dim2=-1).amin(-1)
     fast = (pivot > MIN_PIVOT) & (S[..., rank - 1] > MIN_SIGMA * size)
-    narrow = _float32_will_do(B, S, rank, growth, torch.cat([left.norm, right.norm], -1), D)
+    growth = torch.maximum(_longest(M), _longest(N * right.length.unsqueeze(-1)))
+    scales = torch.stack([top_B[..., 0], top_A[..., 0], unit_B.amax(-1), unit_A.amax(-1)])
+    narrow = _float32_will_do(B, S, rank, growth, scales.amax(0))
     # The one place where the host waits for the numbers.
     is_fast, is_narrow = torch.stack([fast, narrow]).tolist()
-    live = (D > 0).unsqueeze(-1)
-    U = _vectors(left, torch.where(live, M * left.to_unit, 0.0), is_narrow)
-    Vh = _vectors(right, torch.where(live, N * right.to_unit, 0.0), is_narrow).mT
-
-    slow = [i for i, was in enumerate(is_fast) if not was]
-    if slow:
-        check_fallback(len(slow), B, A, rank, B.dtype, "qr")
-        own, more = again(slow, lambda: with_notes(qr(B[slow], A[slow], rank)), "Householder QR")
-        # qr knows min(R, out, in) singular values, the Gram matrix R.
-        known = torch.nn.functional.pad(own.S, (0, S.shape[-1] - own.S.shape[-1]))
-        U[slow], S[slow], Vh[slow] = own.U.to(U), known / scale[slow], own.Vh.to(Vh)
-        pivot[slow] = 1.0
-        notes = notes + more
+    U = _vectors(left, M * unit_B.unsqueeze(-1), is_narrow)
+    Vh = _vectors(right, N, is_narrow).mT
     # Roundings of R independent terms add up like √R, in each of the two products.
     roundings = torch.where(narrow, 2 * D.shape[-1] ** 0.5 * growth, 0.0)
-    return Solution(U, S * scale, Vh, size * scale.squeeze(-1), pivot, roundings, notes)
+    scale = top_B * top_A
+    found = Solution(U, S * scale, Vh, size * scale.squeeze(-1), pivot, roundings, notes)
+    slow = [i for i, was in enumerate(is_fast) if not was]
+    return _without(slow, found, B, A) if slow else found
 
 
-class _Units(NamedTuple):
-    """Vectors along dimension ``dim`` of X; ``to_unit`` times them has norm 1 (0 for zero ones)."""
+def _without(slow: list[int], found: Solution, B: Tensor, A: Tensor) -> Solution:
+    """The solution with its slow members solved by `qr`."""
+    U, S, Vh, rank = found.U, found.S, found.Vh, found.U.shape[-1]
+    check_fallback(len(slow), B, A, rank, B.dtype, "qr")
+    own, notes = again(slow, lambda: with_notes(qr(B[slow], A[slow], rank)), "Householder QR")
+    # qr knows min(R, out, in) singular values, the Gram matrix R.
+    known = torch.nn.functional.pad(own.S, (0, S.shape[-1] - own.S.shape[-1]))
+    U[slow], S[slow], Vh[slow] = own.U.to(U), known, own.Vh.to(Vh)
+    found.pivot[slow] = 1.0
+    found.roundings[slow] = 0.0
+    return found._replace(notes=found.notes + notes)
+
+
+class _Side(NamedTuple):
+    """The vectors along dimension ``dim`` of X, ``vectors = X · norm / length``.
+
+    Attributes:
+        X: the factor, or a float64 one with its vectors scaled to norm 1 already.
+        dim: −2 for the columns of B, −1 for the rows of A.
+        gram: ``(members, R, R)`` Gram matrix of the vectors of X.
+        length: ``(members, R)`` norms of the vectors of X, 1 where they are 0.
+        norm: ``(members, R)`` norms of the vectors of the factor.
+    """
 
     X: Tensor
     dim: int
-    to_unit: Tensor
     gram: Tensor
+    length: Tensor
     norm: Tensor
 
 
-def _unit_vectors(X: Tensor, dim: int) -> _Units:
-    """The Gram matrix of the vectors along ``dim`` scaled to norm 1, and how to scale them."""
+def _side(X: Tensor, dim: int) -> _Side:
+    """The Gram matrix of the vectors along ``dim``, and their norms."""
     if X.dtype == torch.float64:
         # Scaled first: the squares of float64 entries may leave float64.
         norm = norms(X, dim)
         X = X / torch.where(norm > 0, norm, 1.0).unsqueeze(dim)
-        return _Units(X, dim, torch.ones_like(norm).unsqueeze(-1), gram_matrix(X, dim), norm)
+        return _Side(X, dim, gram_matrix(X, dim), torch.ones_like(norm), norm)
     if selected("ragged_gram", X.device.type):
         G, norm = ragged_gram([X if dim == -2 else X.mT])
-        return _Units(X, dim, 1 / torch.where(norm > 0, norm, 1.0).unsqueeze(-1), G, norm)
-    G = gram_matrix(X, dim)
-    norm = G.diagonal(dim1=-2, dim2=-1).sqrt()
-    to_unit = 1 / torch.where(norm > 0, norm, 1.0)
-    G = G * to_unit.unsqueeze(-1) * to_unit.unsqueeze(-2)
-    return _Units(X, dim, to_unit.unsqueeze(-1), G, norm)
+        G = G * (norm.unsqueeze(-1) * norm.unsqueeze(-2))
+    else:
+        G = gram_matrix(X, dim)
+        norm = G.diagonal(dim1=-2, dim2=-1).sqrt()
+    return _Side(X, dim, G, torch.where(norm > 0, norm, 1.0), norm)
 
 
-def _core(
-    G_B: Tensor, G_A: Tensor, D: Tensor, rank: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Notes]:
-    """Spectrum, small factors of U and V on unit columns (both ``(members, R, r)``), pivot, notes.
-
-    ``M = L⁻ᵀ X``, ``N = D L X S⁻¹``.
-    """
-    # A column whose partner is zero contributes nothing (D is zero there): a row of the identity
-    # keeps Cholesky regular.
-    live = D > 0
-    G_B = torch.where(live.unsqueeze(-1) & live.unsqueeze(-2), G_B, 0.0)
-    G_B.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    L, info = torch.linalg.cholesky_ex(G_B)
-    # Whoever failed here is solved again; zeros keep its rows from spoiling the batch.
-    L = torch.where((info == 0)[:, None, None], L, 0.0)
-    core = L.mT * D.unsqueeze(-2)
-    values, vectors, notes = psd_eigh(congruence(core, G_A))
-    S, X = values.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)[..., :rank]
-    M = torch.linalg.solve_triangular(L.mT, X, upper=True)
-    N = (core.mT @ X) / S[..., None, :rank]
-    return S, M, N, L.diagonal(dim1=-2, dim2=-1).amin(-1), notes
-
-
-def _float32_will_do(
-    B: Tensor, S: Tensor, rank: int, growth: Tensor, scales: Tensor, D: Tensor
-) -> Tensor:
+def _float32_will_do(B: Tensor, S: Tensor, rank: int, growth: Tensor, furthest: Tensor) -> Tensor:
     """Members whose vectors may be multiplied out in float32 without a trace in the result."""
     # Where float64 is as fast as float32, as on a data-centre GPU, there is nothing to gain.
     if B.dtype == torch.float64 or B.device.type != "cpu":
         return torch.zeros_like(growth, dtype=torch.bool)
     squares = S.square()
-    tail, norm = squares[..., rank:].sum(-1), squares.sum(-1)
-    used = torch.where(torch.cat([D, D], -1) > 0, scales, 1.0)
-    in_range = (used < FLOAT32_SCALES) & (used > 1 / FLOAT32_SCALES)
-    return (tail >= HIDING_TAIL**2 * norm) & (growth < MOST_GROWTH) & in_range.all(-1)
+    hidden = squares[..., rank:].sum(-1) >= HIDING_TAIL**2 * squares.sum(-1)
+    return hidden & (growth < MOST_GROWTH) & (furthest < FLOAT32_SCALES)
 
 
-def _vectors(side: _Units, M: Tensor, narrow: list[bool]) -> Tensor:
+def _vectors(side: _Side, M: Tensor, narrow: list[bool]) -> Tensor:
     """The vectors of X times ``M (members, R, r)``, ``(members, length, r)``.
 
     In float32 for members that are narrow, in float64 for all others.
@@ -156,6 +157,11 @@ def _vectors(side: _Units, M: Tensor, narrow: list[bool]) -> Tensor:
         some = [i for i, can in enumerate(narrow) if can]
         product[some] = (P[some].float() @ Q[some].float()).double()
     return product if side.dim == -2 else product.mT
+
+
+def _longest(M: Tensor) -> Tensor:
+    """Largest norm of a column of each member."""
+    return M.square().sum(-2).amax(-1).sqrt()
 
 
 def _largest(x: Tensor) -> Tensor:

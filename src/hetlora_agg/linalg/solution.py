@@ -48,6 +48,8 @@ def norms(X: Tensor, dim: int) -> Tensor:
     if X.dtype != torch.float64:
         norm = torch.linalg.vector_norm(X, dim=dim, dtype=torch.float64)
         return norm
+    if X.shape[dim] == 0:
+        return X.sum(dim)
     # Two steps, so that squares neither overflow nor vanish.
     peak = torch.linalg.vector_norm(X, math.inf, dim=dim, keepdim=True)
     norm = torch.linalg.vector_norm(X / torch.where(peak > 0, peak, 1.0), dim=dim)

@@ -19,7 +19,7 @@ from hetlora_agg.linalg.memory import plan
 from hetlora_agg.linalg.precision import exact_arithmetic
 from hetlora_agg.linalg.products import column_extremes
 from hetlora_agg.linalg.select import select_driver
-from hetlora_agg.linalg.solution import Solution
+from hetlora_agg.linalg.solution import Solution, norms
 
 SPLITS: Mapping[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "balanced": lambda U, S, Vh: (U * S.sqrt().unsqueeze(-2), S.sqrt().unsqueeze(-1) * Vh),
@@ -114,8 +114,10 @@ def leading_svd(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "au
     B, A = B.reshape(-1, out, R), A.reshape(-1, R, columns)
     shape = (len(B), out, columns, R, rank)
     chunk, workers, _ = plan(shape, B.dtype, driver, B.device.type, resources())
-    U = B.new_empty(len(B), out, rank, dtype=dtype)
-    Vh = B.new_empty(len(B), rank, columns, dtype=dtype)
+    # Ordinary tensors: what is made in inference mode, workers outside of it may not write to.
+    with torch.inference_mode(False):
+        U = torch.empty(len(B), out, rank, dtype=dtype, device=B.device)
+        Vh = torch.empty(len(B), rank, columns, dtype=dtype, device=B.device)
 
     def solve(start: int) -> tuple[Tensor, Certificate]:
         some = slice(start, start + chunk)
@@ -162,12 +164,9 @@ def _finished(
     # Under the rounding of the sums that make W a singular value is noise of dependent or
     # cancelling columns; relative to the size of the terms, since W itself may cancel.
     S = torch.where(S > (noise_share * size).unsqueeze(-1), S, 0.0)
-    # Relative to σ_1, so that no square leaves float64.
-    top = S[..., :1]
-    relative = torch.where(top > 0, S / top, 0.0)
-    norm = torch.linalg.vector_norm(relative, dim=-1) * top.squeeze(-1)
+    norm = _length(S, U_out.dtype)
     if tail is None:
-        tail = torch.linalg.vector_norm(relative[..., rank:], dim=-1) * top.squeeze(-1)
+        tail = _length(S[..., rank:], U_out.dtype)
     else:
         norm = torch.hypot(norm, tail)
     S = S[..., :rank]
@@ -189,8 +188,16 @@ def _finished(
     return S, Certificate(driver, norm, tail, rounding, size, pivot, kept, fallbacks)
 
 
+def _length(S: Tensor, dtype: torch.dtype) -> Tensor:
+    """Euclidean norm of what are singular values of factors of a dtype."""
+    # Only those of float64 factors have squares that leave float64.
+    return norms(S, -1) if dtype == torch.float64 else S.square().sum(-1).sqrt()
+
+
 def _joined(parts: list[tuple[Tensor, Certificate]]) -> tuple[Tensor, Certificate]:
     """The chunks' singular values and certificates as one."""
+    if len(parts) == 1:
+        return parts[0]
     first = parts[0][1]
     S = torch.cat([part for part, _ in parts])
     fallbacks = tuple(note for _, certificate in parts for note in certificate.fallbacks)

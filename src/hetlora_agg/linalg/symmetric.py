@@ -40,6 +40,9 @@ def gram_matrix(X: Tensor, dim: int = -2) -> Tensor:
     """
     R = X.shape[-1] if dim == -2 else X.shape[-2]
     edges = _edges(R, X.device.type)
+    if len(edges) == 1 and len(pieces(X, dim)) == 1:
+        (exact,) = casts(X, dim)
+        return exact.mT @ exact if dim == -2 else exact @ exact.mT
     G = X.new_zeros((*X.shape[:-2], R, R), dtype=torch.float64)
     for piece in casts(X, dim):
         rows = piece if dim == -2 else piece.mT
@@ -86,17 +89,24 @@ def exact_product(P: Tensor, Q: Tensor) -> Tensor:
     return product
 
 
+def pieces(X: Tensor, dim: int) -> range:
+    """Where the pieces along ``dim`` start that are cast at a time; the step is their length."""
+    length = X.shape[dim]
+    if X.dtype == torch.float64 or X.device.type != "cpu":
+        return range(0, length, length)
+    row = 8 * X.numel() // length
+    return range(0, length, max(LEAST_ROWS, CAST_BYTES // row))
+
+
 def casts(X: Tensor, dim: int) -> Iterator[Tensor]:
     """X in float64, a piece along ``dim`` at a time; each piece is overwritten by the next."""
     if X.dtype == torch.float64 or X.device.type != "cpu":
         yield X.double()
         return
-    length = X.shape[dim]
-    others = X.numel() // length
-    step = min(length, max(LEAST_ROWS, CAST_BYTES // (8 * others)))
-    scratch = _scratch(step * others)
-    for start in range(0, length, step):
-        piece = X.narrow(dim, start, min(step, length - start))
+    starts, length = pieces(X, dim), X.shape[dim]
+    scratch = _scratch(X.numel() // length * min(starts.step, length))
+    for start in starts:
+        piece = X.narrow(dim, start, min(starts.step, length - start))
         yield scratch[: piece.numel()].view(piece.shape).copy_(piece)
 
 
