@@ -14,6 +14,7 @@ from hetlora_agg.errors import ConvergenceError as ConvergenceError
 from hetlora_agg.errors import HetLoRAError as HetLoRAError
 from hetlora_agg.errors import InputTypeError as InputTypeError
 from hetlora_agg.errors import InputValueError as InputValueError
+from hetlora_agg.errors import MemoryLimitError as MemoryLimitError
 from hetlora_agg.layers import aggregate_layers as aggregate_layers
 from hetlora_agg.registry import CLAIMS as CLAIMS
 from hetlora_agg.registry import METHODS as METHODS

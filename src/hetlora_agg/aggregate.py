@@ -37,7 +37,7 @@ def aggregate(
             may differ; leading dimensions, if any, are a batch of equal layers.
         method: a name from ``METHODS``, or a function ``Components -> AggregationResult``.
         workers: layers of a batch decomposed at a time on a CPU, each with its share of torch's
-            threads; None is one per thread.
+            threads; None is one per thread, fewer for little work.
         memory_limit: bytes that the call may allocate, result included; see `budget`.
         on_bad_client: "error" for NaN or Inf in a factor, or "drop" to leave that client out
             (listed in ``.excluded``; the others' weights then make up the whole).

@@ -122,7 +122,11 @@ def _cut(whole: Compressed, ranks: Tensor) -> Compressed:
         B=(whole.B * kept.unsqueeze(-2))[..., :width],
         singular_values=S[..., :width],
         ranks=ranks,
-        certificate=replace(whole.certificate, tail=_hypot(whole.certificate.tail, gone)),
+        certificate=replace(
+            whole.certificate,
+            tail=_hypot(whole.certificate.tail, gone),
+            kept=torch.minimum(whole.certificate.kept, ranks),
+        ),
     )
 
 

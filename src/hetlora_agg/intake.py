@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hetlora_agg.components import Components
 from hetlora_agg.errors import ConvergenceError, InputTypeError, InputValueError
-from hetlora_agg.linalg import all_finite, component_peaks
+from hetlora_agg.linalg import all_finite, cast_error, component_peaks
 from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank, result_of
 from hetlora_agg.validation import where
 
@@ -86,8 +86,17 @@ class Intake:
                 )
         factors = self._cast(result.factors, name)
         residual = None if result.residual is None else self._cast(result.residual, name)
+        known = result.certificate
+        if known is not None and factors.A.dtype != result.A.dtype:
+            before, after = result.factors, factors
+            lost = cast_error(before.B, before.A, after.B, after.A)
+            known = replace(known, rounding=known.rounding + lost)
         return replace(
-            result, factors=factors, residual=residual, notes=(*result.notes, *self.notes)
+            result,
+            factors=factors,
+            residual=residual,
+            notes=(*result.notes, *self.notes),
+            certificate=known,
         )
 
     def _cast(self, low_rank: LowRank, name: str) -> LowRank:

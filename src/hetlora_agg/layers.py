@@ -50,7 +50,7 @@ def aggregate_layers(
         max_group: most layers in one batched call; None is one call per group, or as many as
             ``memory_limit`` has room for.
         workers: layers decomposed at a time on a CPU, each with its share of torch's threads; None
-            is one per thread.
+            is one per thread, fewer for little work.
         memory_limit: bytes that the call may allocate, results included; see `budget`.
         on_bad_client: "error", or "drop" to leave out clients with NaN or Inf in any layer.
         max_rank: refuse clients that declare more, one number or one by client id.

@@ -5,6 +5,7 @@ from hetlora_agg.linalg.door import all_finite as all_finite
 from hetlora_agg.linalg.execution import limited as limited
 from hetlora_agg.linalg.memory import predicted_bytes as predicted_bytes
 from hetlora_agg.linalg.precision import exact_arithmetic as exact_arithmetic
+from hetlora_agg.linalg.products import cast_error as cast_error
 from hetlora_agg.linalg.products import component_inner_products as component_inner_products
 from hetlora_agg.linalg.products import component_peaks as component_peaks
 from hetlora_agg.linalg.products import product_norm as product_norm

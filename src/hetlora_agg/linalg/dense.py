@@ -8,8 +8,11 @@ from torch import Tensor
 from hetlora_agg.linalg.gram import MIN_SIGMA
 from hetlora_agg.linalg.lapack import Notes, core_svd, psd_eigh
 from hetlora_agg.linalg.memory import check_fallback
-from hetlora_agg.linalg.solution import Solution, again, norms, plain
+from hetlora_agg.linalg.solution import Solution, again, eigenvalue_error, norms, plain
 from hetlora_agg.linalg.symmetric import CAST_BYTES, LEAST_ROWS, gram_matrix
+
+SLOW = "SVD of W"
+"""How members are noted whose eigenvalues do not tell enough."""
 
 
 def dense(B: Tensor, A: Tensor, rank: int) -> Solution:
@@ -21,14 +24,21 @@ def dense(B: Tensor, A: Tensor, rank: int) -> Solution:
     decomposition per member. Accuracy: backward stable to the ε of float64.
     """
     W, size = _accumulated(B, A)
+    # Beyond R there is nothing, whatever an eigendecomposition says.
+    most = B.shape[-1]
     if B.dtype == torch.float64:
         (U, S, Vh), notes = core_svd(W)
-    elif W.shape[-2] <= W.shape[-1]:
+        return plain(U[..., :rank], S[..., :most], Vh[..., :rank, :], size, notes)
+    if W.shape[-2] <= W.shape[-1]:
         U, S, Vh, notes = _wide(W, size, rank)
     else:
         V, S, Uh, notes = _wide(W.mT, size, rank)
         U, Vh = Uh.mT, V.mT
-    return plain(U[..., :rank], S, Vh[..., :rank, :], size, notes)
+    off = eigenvalue_error(max(W.shape[-2:]), size)
+    off[[i for i, how in notes if how == SLOW]] = 0.0
+    return plain(U[..., :rank], S[..., :most], Vh[..., :rank, :], size, notes)._replace(
+        square_error=off
+    )
 
 
 def _accumulated(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,8 +63,8 @@ def _wide(W: Tensor, size: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, N
     Vh = (U.mT @ W) / S[..., :rank, None]
     slow = (~(S[..., rank - 1] > MIN_SIGMA * size)).nonzero().flatten().tolist()
     if slow:
-        check_fallback(len(slow), U, W, rank, torch.float64, "dense")
-        (U_slow, S[slow], Vh_slow), left = again(slow, lambda: core_svd(W[slow]), "SVD of W")
+        check_fallback(len(slow), U, W, rank, ("dense", "dense"), torch.float64)
+        (U_slow, S[slow], Vh_slow), left = again(slow, lambda: core_svd(W[slow]), SLOW)
         U[slow], Vh[slow] = U_slow[..., :rank], Vh_slow[..., :rank, :]
         notes = notes + left
     return U, S, Vh, notes

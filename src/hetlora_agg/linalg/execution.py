@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ class Resources:
     """What the kernel may use.
 
     Attributes:
-        workers: chunks of layers solved at a time on a CPU; None is one per thread of torch.
+        workers: chunks of layers solved at a time on a CPU; None is one per thread of torch, fewer
+            for little work.
         memory_limit: bytes that one call may allocate; None is no limit.
     """
 
@@ -58,43 +59,60 @@ def limited(workers: int | None, memory_limit: int | None) -> Iterator[None]:
 def run(solve: Callable[[Piece], Done], pieces: Sequence[Piece], workers: int) -> list[Done]:
     """``solve`` of every piece, in order, on up to ``workers`` threads.
 
-    The first piece that fails, in order, raises.
+    The first piece that fails, in order, raises, once no other is running any more.
     """
     workers = min(workers, len(pieces))
     if workers <= 1:
         return [solve(piece) for piece in pieces]
-
-    limits = resources()
+    limits, threads = resources(), max(1, torch.get_num_threads() // workers)
 
     def on_worker(piece: Piece) -> Done:
-        # Grad mode and limits belong to the thread; a new one starts with gradients on.
+        # Thread count, grad mode and limits belong to a thread; gradients are on in a new one.
+        torch.set_num_threads(threads)
         with torch.no_grad(), limited(limits.workers, limits.memory_limit):
             return solve(piece)
 
-    with _POOL.of(workers) as pool:
-        return list(pool.map(on_worker, pieces))
+    with _POOLS.of(workers) as pool:
+        futures = [pool.submit(on_worker, piece) for piece in pieces]
+        _, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in waiting:
+            future.cancel()
+        wait(futures)
+        # Pieces start in order, so whatever was cancelled comes after the one that failed.
+        return [future.result() for future in futures]
 
 
-class _Pool:
-    """Worker threads that stay, since what a thread allocates first is slow, and their settings.
+@contextmanager
+def one_lapack_thread(wanted: bool) -> Iterator[None]:
+    """LAPACK on one thread inside, where that is wanted: a small core only waits for the others."""
+    before = torch.get_num_threads()
+    if not wanted or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    torch's thread count is one number per process. It is divided while pools run and put back when
-    the last has finished: the first caller divides it, whoever comes meanwhile finds it divided.
+
+class _Pools:
+    """Worker threads that stay, since what a thread allocates first is slow.
+
+    Each thread has its own count of torch threads, but a worker that sets its own changes the one
+    that MKL and new threads go by too. The last of concurrent callers to finish puts it back; a
+    thread whose first use of torch falls into a call keeps the smaller count.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pools: dict[int, ThreadPoolExecutor] = {}
         self._running = 0
-        self._before = 0
 
     @contextmanager
     def of(self, workers: int) -> Iterator[ThreadPoolExecutor]:
-        """``workers`` threads that may call LAPACK at once inside."""
+        """A pool of so many workers, who may set their thread counts."""
         with self._lock:
-            if self._running == 0:
-                self._before = torch.get_num_threads()
-                torch.set_num_threads(max(1, self._before // workers))
             self._running += 1
             if workers not in self._pools:
                 self._pools[workers] = ThreadPoolExecutor(workers, "hetlora_agg")
@@ -105,16 +123,16 @@ class _Pool:
             with self._lock:
                 self._running -= 1
                 if self._running == 0:
-                    torch.set_num_threads(self._before)
+                    torch.set_num_threads(torch.get_num_threads())
 
 
-_POOL = _Pool()
+_POOLS = _Pools()
 
 
 def _after_fork() -> None:
-    """A forked process has the pool's memory but none of its threads."""
-    global _POOL
-    _POOL = _Pool()
+    """A forked process has the pools' memory but none of their threads."""
+    global _POOLS
+    _POOLS = _Pools()
 
 
 if hasattr(os, "register_at_fork"):

@@ -11,7 +11,7 @@ from hetlora_agg.linalg.kernels import ragged_gram, ragged_output, selected
 from hetlora_agg.linalg.lapack import psd_eigh
 from hetlora_agg.linalg.memory import check_fallback
 from hetlora_agg.linalg.qr import qr
-from hetlora_agg.linalg.solution import Solution, again, norms, with_notes
+from hetlora_agg.linalg.solution import Solution, again, eigenvalue_error, norms, with_notes
 from hetlora_agg.linalg.symmetric import congruence, exact_product, gram_matrix
 
 MIN_PIVOT = 1e-5
@@ -78,7 +78,9 @@ def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
     # Roundings of R independent terms add up like √R, in each of the two products.
     roundings = torch.where(narrow, 2 * D.shape[-1] ** 0.5 * growth, 0.0)
     scale = top_B * top_A
-    found = Solution(U, S * scale, Vh, size * scale.squeeze(-1), pivot, roundings, notes)
+    size = size * scale.squeeze(-1)
+    off = eigenvalue_error(max(B.shape[-2], A.shape[-1]), size)
+    found = Solution(U, S * scale, Vh, size, pivot, roundings, off, notes)
     slow = [i for i, was in enumerate(is_fast) if not was]
     return _without(slow, found, B, A) if slow else found
 
@@ -86,13 +88,13 @@ def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
 def _without(slow: list[int], found: Solution, B: Tensor, A: Tensor) -> Solution:
     """The solution with its slow members solved by `qr`."""
     U, S, Vh, rank = found.U, found.S, found.Vh, found.U.shape[-1]
-    check_fallback(len(slow), B, A, rank, B.dtype, "qr")
+    check_fallback(len(slow), B, A, rank, ("gram", "qr"), B.dtype)
     own, notes = again(slow, lambda: with_notes(qr(B[slow], A[slow], rank)), "Householder QR")
     # qr knows min(R, out, in) singular values, the Gram matrix R.
     known = torch.nn.functional.pad(own.S, (0, S.shape[-1] - own.S.shape[-1]))
     U[slow], S[slow], Vh[slow] = own.U.to(U), known, own.Vh.to(Vh)
     found.pivot[slow] = 1.0
-    found.roundings[slow] = 0.0
+    found.roundings[slow] = found.square_error[slow] = 0.0
     return found._replace(notes=found.notes + notes)
 
 

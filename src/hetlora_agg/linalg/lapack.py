@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from hetlora_agg.linalg.execution import one_lapack_thread
 from hetlora_agg.linalg.kernels import jacobi, selected
 from hetlora_agg.linalg.kernels.jacobi import MAX_SIZE
 
@@ -15,6 +16,11 @@ Triplet = tuple[Tensor, Tensor, Tensor]
 
 Notes = list[tuple[int, str]]
 """``(member, how)`` for members of a batch that did not take the first route."""
+
+
+ONE_THREAD_UP_TO = 256
+"""Largest matrix whose eigendecomposition is faster on one thread than on several
+(``benchmarks/results/kernel.json``, rows ``threads``)."""
 
 
 class MemberFailed(Exception):
@@ -59,7 +65,8 @@ def psd_eigh(G: Tensor) -> tuple[Tensor, Tensor, Notes]:
         if bool(found.converged.all()):
             return found.values, found.vectors, []
     try:
-        values, vectors = torch.linalg.eigh(G, UPLO="U")
+        with one_lapack_thread(G.device.type == "cpu" and G.shape[-1] <= ONE_THREAD_UP_TO):
+            values, vectors = torch.linalg.eigh(G, UPLO="U")
     except LinAlgError:
         # For a positive semidefinite matrix the SVD is an eigendecomposition in reverse order.
         (vectors, values, _), further = core_svd(G.triu() + G.triu(1).mT)

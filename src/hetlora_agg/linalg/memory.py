@@ -21,12 +21,25 @@ DEVICE_WORKSPACE_BYTES = 1 << 32
 """The same on a GPU, where few large calls win; only there to bound memory."""
 
 
+POOL_WORK = 5 * 10**8
+"""Multiply-adds that a worker must have to do: starting one, and threads of torch that still spin,
+cost milliseconds (``benchmarks/results/kernel.json``, rows ``workers``)."""
+
+CORE_WORK = 9
+"""Multiply-adds of an R×R eigendecomposition, in R³."""
+
+
 class Plan(NamedTuple):
-    """Members per chunk, chunks at a time, and the bytes that takes, results included."""
+    """Members per chunk, chunks at a time, the bytes that takes, and those that results take."""
 
     chunk: int
     workers: int
     bytes: int
+    result: int
+
+    def each(self, limit: int | None) -> int | None:
+        """What a limit leaves for each worker."""
+        return None if limit is None else (limit - self.result) // self.workers
 
 
 def predicted_bytes(
@@ -39,13 +52,15 @@ def predicted_bytes(
     driver: str = "auto",
     workers: int | None = None,
     device_type: str = "cpu",
+    verify: bool = False,
 ) -> int:
     """Peak bytes that `svd_product` allocates, its result included and its arguments not.
 
-    ``results + workers · chunk · (working copies of one member)``, never less than what is measured
-    and seldom more than 1.4 times that (``docs/performance.md``). Two things are not in it: what a
-    process allocates once (BLAS buffers, 4 MiB of scratch per thread), and members that leave the
-    fast path, whose needs are checked against ``memory_limit`` before they are solved.
+    ``results + workers · chunk · (working copies of one member)``: never less than what lives at
+    once, and seldom more than 1.4 times that (``docs/performance.md``); an allocator may hold on to
+    more than lives. Two things are not in it: what a process allocates once (BLAS buffers, 4 MiB of
+    scratch per thread), and members that leave the fast path, whose needs are checked against
+    ``memory_limit`` before they are solved.
 
     Args:
         out_features: rows of B.
@@ -55,8 +70,9 @@ def predicted_bytes(
         layers: members of the batch.
         dtype: dtype of the factors.
         driver: see `svd_product`.
-        workers: chunks at a time; None is one per thread of torch.
+        workers: chunks at a time; None is one per thread of torch, fewer for little work.
         device_type: "cpu" or "cuda".
+        verify: count the measuring of the error too.
 
     Raises:
         InputValueError: a size below 1.
@@ -65,14 +81,17 @@ def predicted_bytes(
         >>> predicted_bytes(4096, 4096, 120, rank=16, workers=1) < 20e6
         True
     """
-    for name, size in (("out_features", out_features), ("in_features", in_features), ("R", R)):
+    sizes = {"out_features": out_features, "in_features": in_features, "R": R, "layers": layers}
+    for name, size in {**sizes, "rank": rank or 1, "workers": workers or 1}.items():
         if size < 1:
             raise InputValueError(f"predicted_bytes: {name} must be at least 1, got {size}")
     thin = min(out_features, in_features, R)
     shape = (layers, out_features, in_features, R, min(thin, rank or thin))
     if driver == "auto":
         driver = select_driver(out_features, in_features, R, dtype=dtype, device_type=device_type)
-    return plan(shape, dtype, driver, device_type, Resources(workers)).bytes
+    solving = plan(shape, dtype, driver, device_type, Resources(workers))
+    measuring = solving.result + verifying_bytes(*shape[1:], dtype) if verify else 0
+    return max(solving.bytes, measuring)
 
 
 def plan(
@@ -81,8 +100,11 @@ def plan(
     driver: str,
     device_type: str,
     allowed: Resources,
+    copies: int = 0,
 ) -> Plan:
     """How to go through a batch of ``shape = (members, out, in, R, rank)``.
+
+    ``copies`` are bytes that have to be there besides.
 
     Raises:
         MemoryLimitError: not even one member at a time fits ``allowed.memory_limit``.
@@ -90,12 +112,12 @@ def plan(
     members, out, columns, R, rank = shape
     on_cpu = device_type == "cpu"
     each = working_bytes(out, columns, R, rank, dtype, driver)
-    workers = (allowed.workers or torch.get_num_threads()) if on_cpu else 1
+    workers = (allowed.workers or _worth(shape)) if on_cpu else 1
     workspace = WORKSPACE_BYTES if on_cpu else DEVICE_WORKSPACE_BYTES
     chunk = max(1, min(workspace // each, -(-members // workers)))
     workers = min(workers, -(-members // chunk))
     itemsize = 8 if dtype == torch.float64 else 4
-    result = members * rank * (itemsize * (out + columns) + 8)
+    result = copies + members * rank * (itemsize * (out + columns) + 8)
     limit = allowed.memory_limit
     if limit is not None and result + workers * chunk * each > limit:
         room = (limit - result) // each
@@ -108,7 +130,15 @@ def plan(
             )
         workers = min(workers, room)
         chunk = min(chunk, room // workers)
-    return Plan(chunk, workers, result + workers * chunk * each)
+    return Plan(chunk, workers, result + workers * chunk * each, result)
+
+
+def _worth(shape: tuple[int, int, int, int, int]) -> int:
+    """Workers that have enough to do each."""
+    members, out, columns, R, rank = shape
+    core = min(R, out, columns)
+    work = members * ((out + columns) * R * (R // 2 + rank) + CORE_WORK * core**3)
+    return max(1, min(torch.get_num_threads(), work // POOL_WORK))
 
 
 def working_bytes(
@@ -138,20 +168,68 @@ def working_bytes(
     return copy + needs[driver]
 
 
-def check_fallback(
-    members: int, B: Tensor, A: Tensor, rank: int, dtype: torch.dtype, driver: str
-) -> None:
-    """Refuse to solve some members of a batch another way where that does not fit the limit.
+def verifying_bytes(out: int, columns: int, R: int, rank: int, dtype: torch.dtype) -> int:
+    """Bytes alive at once while the error of one member is measured, see `certificate`."""
+    both, wide = out + columns, R + rank
+    copies = 5 if dtype == torch.float64 else 4
+    return 8 * copies * both * wide + 3 * 8 * wide * wide
+
+
+def check_verifying(B: Tensor, A: Tensor, rank: int | None, limit: int) -> None:
+    """Refuse to measure an error where that does not fit the limit.
 
     Raises:
-        MemoryLimitError: what that driver takes for them is above ``memory_limit``.
+        MemoryLimitError: ``verify=True`` takes more than the limit.
     """
-    limit = resources().memory_limit
     out, columns, R = B.shape[-2], A.shape[-1], B.shape[-1]
-    needed = members * working_bytes(out, columns, R, rank, dtype, driver)
-    if limit is not None and needed > limit:
+    rank = min(R, out, columns, rank or R)
+    result = B.shape[:-2].numel() * rank * (out + columns) * max(4, B.dtype.itemsize)
+    needed = result + flattening_bytes(B, A) + verifying_bytes(out, columns, R, rank, B.dtype)
+    if needed > limit:
         raise MemoryLimitError(
-            f"{members} x ({out}x{columns}), R = {R}, must be solved with driver {driver!r} in "
-            f"{dtype}, since clients duplicate or cancel each other; that needs {needed:.3g} bytes "
-            f"and memory_limit= allows {limit:.3g}; raise it or pass fewer layers at a time"
+            f"verify=True for {out}x{columns}, R = {R}, rank {rank} needs {needed:.3g} bytes, "
+            f"memory_limit= allows {limit:.3g}; raise it, or leave the error unmeasured"
+        )
+
+
+def flattening_bytes(*factors: Tensor) -> int:
+    """Bytes of copies that are made where leading dimensions do not merge into one."""
+    return sum(X.numel() * X.element_size() for X in factors if not _merges(X))
+
+
+def _merges(X: Tensor) -> bool:
+    try:
+        X.view(-1, *X.shape[-2:])
+    except RuntimeError:
+        return False
+    return True
+
+
+def check_fallback(
+    slow: int, B: Tensor, A: Tensor, rank: int, drivers: tuple[str, str], dtype: torch.dtype
+) -> None:
+    """Refuse to solve some members of a chunk another way where that does not fit the limit.
+
+    Args:
+        slow: how many.
+        B: ``(members, out, R)``, the whole chunk.
+        A: ``(members, R, in)``.
+        rank: wanted rank.
+        drivers: the one that has run, whose arrays are still there, and the one that is to run.
+        dtype: what that one computes in.
+
+    Raises:
+        MemoryLimitError: both together take more than is left to this worker.
+    """
+    left = resources().memory_limit
+    out, columns, R = B.shape[-2], A.shape[-1], B.shape[-1]
+    first, second = drivers
+    held = len(B) * working_bytes(out, columns, R, rank, B.dtype, first)
+    copies = slow * B.dtype.itemsize * (out + columns) * R
+    needed = held + copies + slow * working_bytes(out, columns, R, rank, dtype, second)
+    if left is not None and needed > left:
+        raise MemoryLimitError(
+            f"{slow} x ({out}x{columns}), R = {R}, must be solved with driver {second!r} in {dtype}, "
+            f"since clients duplicate or cancel each other; that needs {needed:.3g} bytes; "
+            f"memory_limit= allows {left:.3g} here; raise it, or pass fewer layers at a time"
         )

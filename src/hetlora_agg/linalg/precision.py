@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +20,38 @@ def exact_arithmetic(device_type: str) -> Iterator[None]:
     # torch 2.9 replaced the one switch by one per backend and raises when the two are mixed.
     per_backend = hasattr(torch.backends.cuda.matmul, "fp32_precision")
     switch = _per_backend if per_backend else _for_all
-    with switch(), torch.no_grad(), torch.autocast(device_type, enabled=False):
+    with _SHARED.held(switch), torch.no_grad(), torch.autocast(device_type, enabled=False):
         yield
+
+
+class _Shared:
+    """A setting of the process that concurrent callers hold together.
+
+    The first to come changes it and the last to go puts it back: whoever left earlier would put it
+    back under the others.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._held = ExitStack()
+
+    @contextmanager
+    def held(self, switch: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        with self._lock:
+            if self._holders == 0:
+                self._held.enter_context(switch())
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if self._holders == 0:
+                    self._held.close()
+
+
+_SHARED = _Shared()
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hetlora_agg.linalg.solution import norms
+
 
 def product_norm(B: Tensor, A: Tensor) -> Tensor:
     """Frobenius norm of ``B @ A``, ``(*layers,)`` float64.
@@ -13,8 +15,7 @@ def product_norm(B: Tensor, A: Tensor) -> Tensor:
     out as rounding, not as its square root. Cost ``2 (out + in) R²`` multiply-adds.
     """
     T_B, T_A = _triangle(B.double()), _triangle(A.double().mT)
-    norm: Tensor = torch.linalg.vector_norm(T_B @ T_A.mT, dim=(-2, -1))
-    return norm
+    return norms((T_B @ T_A.mT).flatten(-2), -1)
 
 
 def component_inner_products(B: Tensor, A: Tensor, B_other: Tensor, A_other: Tensor) -> Tensor:
@@ -40,6 +41,12 @@ def component_peaks(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         torch.maximum(B.amax(-2), -B.amin(-2)),
         torch.maximum(A.amax(-1), -A.amin(-1)),
     )
+
+
+def cast_error(B: Tensor, A: Tensor, B_cast: Tensor, A_cast: Tensor) -> Tensor:
+    """Bound ``Σ_j ‖δb_j‖‖a_j‖ + ‖b_j + δb_j‖‖δa_j‖`` on what a cast changes, ``(*layers,)``."""
+    off_B, off_A = norms(B_cast.double() - B.double(), -2), norms(A_cast.double() - A.double(), -1)
+    return (off_B * norms(A, -1) + norms(B_cast, -2) * off_A).sum(-1)
 
 
 def column_extremes(X: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ class Solution(NamedTuple):
         pivot: ``(members,)`` smallest Cholesky pivot relied on; 1 where none was.
         roundings: ``(members,)`` roundings of the factors' dtype that the vectors carry; 0 where
             they were multiplied out in float64.
+        square_error: ``(members,)`` absolute error of the squared singular values where they are
+            eigenvalues; 0 where they come from an SVD.
         notes: ``(member, how)`` for members that left the fast path.
         tail: ``(members,)`` norm of what lies beyond r, where S does not tell.
     """
@@ -33,13 +35,20 @@ class Solution(NamedTuple):
     size: Tensor
     pivot: Tensor
     roundings: Tensor
+    square_error: Tensor
     notes: Notes
     tail: Tensor | None = None
 
 
 def plain(U: Tensor, S: Tensor, Vh: Tensor, size: Tensor, notes: Notes) -> Solution:
     """The `Solution` of a driver that stays in float64 and relies on no pivot."""
-    return Solution(U, S, Vh, size, torch.ones_like(size), torch.zeros_like(size), notes)
+    none = torch.zeros_like(size)
+    return Solution(U, S, Vh, size, torch.ones_like(size), none, none, notes)
+
+
+def eigenvalue_error(order: int, size: Tensor) -> Tensor:
+    """Error of eigenvalues of ``W Wᵀ`` that float64 sums of that order leave, relative to size²."""
+    return 10 * order * torch.finfo(torch.float64).eps * size.square()
 
 
 def norms(X: Tensor, dim: int) -> Tensor:

@@ -15,7 +15,7 @@ from hetlora_agg.linalg.door import all_finite, check
 from hetlora_agg.linalg.drivers import DRIVERS
 from hetlora_agg.linalg.execution import limited, resources, run
 from hetlora_agg.linalg.lapack import MemberFailed
-from hetlora_agg.linalg.memory import plan
+from hetlora_agg.linalg.memory import check_verifying, flattening_bytes, plan
 from hetlora_agg.linalg.precision import exact_arithmetic
 from hetlora_agg.linalg.products import column_extremes
 from hetlora_agg.linalg.select import select_driver
@@ -71,7 +71,7 @@ def svd_product(
             approximate "randomized" (through the factors) and "randomized_dense" (forms W).
         verify: measure the error of what is returned as well; about as much work again.
         workers: chunks of layers solved at a time on a CPU, each with its share of torch's threads,
-            which are restored afterwards. None is one per thread.
+            which are restored afterwards. None is one per thread, fewer for little work.
         memory_limit: bytes that the call may allocate, result included. Chunks shrink to fit.
 
     Returns:
@@ -92,12 +92,15 @@ def svd_product(
         (tensor([3.]), tensor(2., dtype=torch.float64), tensor(2., dtype=torch.float64))
     """
     check(B, A, rank, driver, workers, memory_limit)
+    if verify and memory_limit is not None:
+        check_verifying(B, A, rank, memory_limit)
     with limited(workers, memory_limit):
-        svd = leading_svd(B, A, rank, driver)
-        svd = replace(svd, S=as_dtype(svd.S, svd.U.dtype))
+        svd = _narrowed(leading_svd(B, A, rank, driver))
         if not verify:
             return svd
-        return replace(svd, certificate=verified(svd.certificate, B, A, (svd.U, svd.S, svd.Vh)))
+        with exact_arithmetic(B.device.type):
+            known = verified(svd.certificate, B, A, (svd.U, svd.S, svd.Vh))
+        return replace(svd, certificate=known)
 
 
 def leading_svd(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "auto") -> SVD:
@@ -111,9 +114,10 @@ def leading_svd(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "au
     dtype = B.dtype if B.dtype == torch.float64 else torch.float32
     if driver == "auto":
         driver = select_driver(out, columns, R, rank, dtype, B.device.type)
+    allowed, shape = resources(), (layers.numel(), out, columns, R, rank)
+    planned = plan(shape, B.dtype, driver, B.device.type, allowed, flattening_bytes(B, A))
+    chunk, each = planned.chunk, planned.each(allowed.memory_limit)
     B, A = B.reshape(-1, out, R), A.reshape(-1, R, columns)
-    shape = (len(B), out, columns, R, rank)
-    chunk, workers, _ = plan(shape, B.dtype, driver, B.device.type, resources())
     # Ordinary tensors: what is made in inference mode, workers outside of it may not write to.
     with torch.inference_mode(False):
         U = torch.empty(len(B), out, rank, dtype=dtype, device=B.device)
@@ -122,7 +126,8 @@ def leading_svd(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "au
     def solve(start: int) -> tuple[Tensor, Certificate]:
         some = slice(start, start + chunk)
         try:
-            solution = DRIVERS[driver](B[some].to(dtype), A[some].to(dtype), rank)
+            with limited(None, each):
+                solution = DRIVERS[driver](B[some].to(dtype), A[some].to(dtype), rank)
         except MemberFailed as error:
             raise ConvergenceError(
                 f"svd_product: no driver converged on batch member {start + error.member} "
@@ -132,7 +137,7 @@ def leading_svd(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "au
         return _finished(solution, U[some], Vh[some], driver, start)
 
     with exact_arithmetic(B.device.type):
-        parts = run(solve, range(0, len(B), chunk), workers)
+        parts = run(solve, range(0, len(B), chunk), planned.workers)
     S, certificate = _joined(parts)
     return SVD(
         U.reshape(*layers, out, rank),
@@ -140,6 +145,18 @@ def leading_svd(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "au
         Vh.reshape(*layers, rank, columns),
         certificate.map(lambda x: x.reshape(layers)),
     )
+
+
+def _narrowed(svd: SVD) -> SVD:
+    """With S in the dtype of U; what underflows there leaves no component."""
+    S = as_dtype(svd.S, svd.U.dtype)
+    if S.dtype == torch.float64 or bool((S >= torch.finfo(S.dtype).tiny).all()):
+        return replace(svd, S=S)
+    dead, known = (S == 0).unsqueeze(-2), svd.certificate
+    lost = torch.linalg.vector_norm(svd.S - S, dim=-1)
+    known = replace(known, kept=(S > 0).sum(-1), rounding=known.rounding + lost)
+    U, Vh = svd.U.masked_fill(dead, 0.0), svd.Vh.masked_fill(dead.mT, 0.0)
+    return SVD(U, S, Vh, known)
 
 
 def as_dtype(S: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,8 +175,8 @@ def _finished(
     solution: Solution, U_out: Tensor, Vh_out: Tensor, driver: str, before: int
 ) -> tuple[Tensor, Certificate]:
     """One chunk with what is rounding cut, signs fixed, vectors cast into their place."""
-    U, S, Vh, size, pivot, roundings, notes, tail = solution
-    rank = U.shape[-1]
+    U, S, Vh, size, pivot, roundings, square_error, notes, tail = solution
+    rank, spectrum = U.shape[-1], S.shape[-1]
     noise_share = max(U.shape[-2], Vh.shape[-1]) * torch.finfo(torch.float64).eps
     # Under the rounding of the sums that make W a singular value is noise of dependent or
     # cancelling columns; relative to the size of the terms, since W itself may cancel.
@@ -183,6 +200,10 @@ def _finished(
     # Eight more: casts of both vectors and of S, and a split of S into the factors.
     unit = torch.finfo(U_out.dtype).eps / 2
     rounding = (8 + roundings) * unit * norm + 10 * noise_share * size / pivot
+    if rank < spectrum:
+        # Of a sum of squares: a large tail hardly notices, one of zero has its square root.
+        blur = square_error / torch.maximum(tail, square_error.sqrt())
+        rounding += torch.where(square_error > 0, blur, 0.0)
     fallbacks = tuple((before + i, how) for i, how in notes)
     kept = (S > 0).sum(-1)
     return S, Certificate(driver, norm, tail, rounding, size, pivot, kept, fallbacks)

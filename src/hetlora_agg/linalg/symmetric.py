@@ -16,6 +16,9 @@ the half that is known already (``benchmarks/results/kernel.json``, rows ``block
 MOST_BLOCKS = 6
 """More block rows than this save less than a tenth of what is left."""
 
+FEW_BLOCKS = 2
+"""Up to so many block rows a long product is shared out among threads by hand."""
+
 CAST_BYTES = 1 << 22
 """Float64 copies of a tall matrix are made in row chunks of this many bytes, which stay in cache
 (``benchmarks/results/kernel.json``, rows ``blocks``)."""
@@ -45,12 +48,25 @@ def gram_matrix(X: Tensor, dim: int = -2) -> Tensor:
         return exact.mT @ exact if dim == -2 else exact @ exact.mT
     G = X.new_zeros((*X.shape[:-2], R, R), dtype=torch.float64)
     for piece in casts(X, dim):
-        rows = piece if dim == -2 else piece.mT
+        rows = _shared_out(piece if dim == -2 else piece.mT, len(edges))
         for start, stop in edges:
-            G[..., start:stop, :stop].baddbmm_(rows[..., start:stop].mT, rows[..., :stop])
+            block = rows[..., start:stop].mT @ rows[..., :stop]
+            G[..., start:stop, :stop] += block if rows.shape[0] == len(X) else block.sum(0)
     for start, stop in edges:
         G[..., :start, start:stop] = G[..., start:stop, :start].mT
     return G
+
+
+def _shared_out(rows: Tensor, blocks: int) -> Tensor:
+    """One long matrix as a batch of shorter ones, one for each thread, to be summed over.
+
+    A product of few rows and columns that is long within is what BLAS shares out worst.
+    """
+    threads = torch.get_num_threads() if rows.device.type == "cpu" else 1
+    if len(rows) > 1 or blocks > FEW_BLOCKS or rows.shape[-2] % threads:
+        return rows
+    shared: Tensor = torch.unflatten(rows[0], 0, (threads, -1))
+    return shared
 
 
 def congruence(M: Tensor, G: Tensor) -> Tensor:
