@@ -96,7 +96,7 @@ def test_members_that_leave_the_fast_path_are_checked_too():
     A, B = clients(512, layers=(4,))[2]
     A, B = torch.cat([A] * 4, -2), torch.cat([B] * 4, -1)
     limit = predicted_bytes(512, 512, 32, 8, layers=4, workers=1)
-    with pytest.raises(MemoryError, match="clients duplicate or cancel each other; that needs"):
+    with pytest.raises(MemoryError, match="clients duplicate or cancel; that needs"):
         svd_product(B, A, rank=9, memory_limit=limit, workers=1)
     found = svd_product(B, A, rank=9, memory_limit=100 * limit, workers=2)
     assert len(found.certificate.fallbacks) == 4

@@ -115,6 +115,9 @@ def plan(
     workers = (allowed.workers or _worth(shape)) if on_cpu else 1
     workspace = WORKSPACE_BYTES if on_cpu else DEVICE_WORKSPACE_BYTES
     chunk = max(1, min(workspace // each, -(-members // workers)))
+    # As many chunks for each worker: one that has a chunk more is waited for by all others.
+    rounds = -(-members // (chunk * workers))
+    chunk = -(-members // (rounds * workers))
     workers = min(workers, -(-members // chunk))
     itemsize = 8 if dtype == torch.float64 else 4
     result = copies + members * rank * (itemsize * (out + columns) + 8)
@@ -229,7 +232,7 @@ def check_fallback(
     needed = held + copies + slow * working_bytes(out, columns, R, rank, dtype, second)
     if left is not None and needed > left:
         raise MemoryLimitError(
-            f"{slow} x ({out}x{columns}), R = {R}, must be solved with driver {second!r} in {dtype}, "
-            f"since clients duplicate or cancel each other; that needs {needed:.3g} bytes; "
+            f"{slow} x ({out}x{columns}), R = {R}, must be solved with driver {second!r} in "
+            f"{dtype}, since clients duplicate or cancel; that needs {needed:.3g} bytes; "
             f"memory_limit= allows {left:.3g} here; raise it, or pass fewer layers at a time"
         )

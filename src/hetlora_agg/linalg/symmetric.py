@@ -16,6 +16,9 @@ the half that is known already (``benchmarks/results/kernel.json``, rows ``block
 MOST_BLOCKS = 6
 """More block rows than this save less than a tenth of what is left."""
 
+HALVED_FROM = 150
+"""Smaller cores cost more in calls than leaving half of them out saves."""
+
 FEW_BLOCKS = 2
 """Up to so many block rows a long product is shared out among threads by hand."""
 
@@ -50,8 +53,15 @@ def gram_matrix(X: Tensor, dim: int = -2) -> Tensor:
     for piece in casts(X, dim):
         rows = _shared_out(piece if dim == -2 else piece.mT, len(edges))
         for start, stop in edges:
-            block = rows[..., start:stop].mT @ rows[..., :stop]
-            G[..., start:stop, :stop] += block if rows.shape[0] == len(X) else block.sum(0)
+            block, left, right = (
+                G[..., start:stop, :stop],
+                rows[..., start:stop].mT,
+                rows[..., :stop],
+            )
+            if len(rows) == len(X):
+                block.baddbmm_(left, right)
+            else:
+                block += (left @ right).sum(0)
     for start, stop in edges:
         G[..., :start, start:stop] = G[..., start:stop, :start].mT
     return G
@@ -75,8 +85,7 @@ def congruence(M: Tensor, G: Tensor) -> Tensor:
     Cost ``R³/2`` multiply-adds where ``M @ G @ M.mT`` takes ``2 R³``.
     """
     edges = _edges(M.shape[-1], M.device.type)
-    # Two or three blocks cost more in calls than they save.
-    if len(edges) < 4:
+    if M.shape[-1] < HALVED_FROM:
         return M @ G @ M.mT
     H = torch.empty_like(G)
     for i, (start, stop) in enumerate(edges):
