@@ -4,7 +4,8 @@
 ``crossover``, the exact drivers over R / min(out, in), for ``select.DENSE_FROM``; ``workspace``,
 chunks of the batch over their size; ``blocks``, the symmetric products over the width of a block
 row and over the size of a cast; ``sampling``, the randomized driver against the exact one over the
-share of the directions that it samples.
+share of the directions that it samples; ``threads``, one eigendecomposition on one thread and on
+all; ``workers``, batches over the number of workers.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ CONSTANTS = {
     "block": ("hetlora_agg.linalg.symmetric", "BLOCK"),
     "cast": ("hetlora_agg.linalg.symmetric", "CAST_BYTES"),
     "share": ("hetlora_agg.linalg.randomized", "MOST_SHARE"),
+    "pool": ("hetlora_agg.linalg.memory", "POOL_WORK"),
+    "one_thread": ("hetlora_agg.linalg.lapack", "ONE_THREAD_UP_TO"),
     "oversampling": ("hetlora_agg.linalg.randomized", "OVERSAMPLING"),
 }
 """Where each constant lives; the one place to change when it moves."""
@@ -128,6 +131,44 @@ def sampling() -> list[dict[str, Any]]:
     return rows
 
 
+def threads() -> list[dict[str, Any]]:
+    """Milliseconds of one R×R float64 eigendecomposition on one thread and on all."""
+    rows, every = [], torch.get_num_threads()
+    for R in (32, 64, 128, 256, 512, 936):
+        X = torch.randn(2 * R, R, generator=torch.Generator().manual_seed(0)).double()
+        G = X.mT @ X
+
+        def run(count: int, G: Any = G) -> Any:
+            torch.set_num_threads(count)
+            found = torch.linalg.eigh(G)
+            torch.set_num_threads(every)
+            return found
+
+        seconds = interleaved({str(n): partial(run, n) for n in (1, every)}, repeats=9, budget=2)
+        rows.append({"R": R, "ms": {n: 1e3 * s["median"] for n, s in seconds.items()}})
+        print("threads", rows[-1], flush=True)
+    return rows
+
+
+def workers() -> list[dict[str, Any]]:
+    """Milliseconds of a whole batch over the number of workers, and the work there is."""
+    work, rows = import_module(CONSTANTS["pool"][0]).work, []
+    for shape in QUICK:
+        if shape.layers == 1:
+            continue
+        B, A = shape.factors()
+        runs = {
+            str(n): partial(svd_product, B, A, rank=shape.rank, workers=n)
+            for n in (1, torch.get_num_threads())
+        }
+        seconds = interleaved(runs, repeats=9, budget=3)
+        sizes = (shape.layers, shape.out, shape.columns, shape.R, shape.rank)
+        row = {"workload": shape.name, "multiply_adds": work(sizes)}
+        rows.append({**row, "ms": {n: 1e3 * s["median"] for n, s in seconds.items()}})
+        print("workers", rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     """Run everything, print as it goes, write the JSON."""
     limit_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -136,6 +177,8 @@ def main() -> None:
         "sampling": sampling(),
         "workspace": workspace(),
         "crossover": crossover(),
+        "threads": threads(),
+        "workers": workers(),
     }
     print(record("kernel", results))
 

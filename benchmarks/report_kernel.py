@@ -85,6 +85,24 @@ def sampling() -> str:
     return markdown(["size", "r", "sampled", "exact", "sampling"], rows)
 
 
+def threads() -> str:
+    """Milliseconds of one eigendecomposition on one thread and on all."""
+    rows = load("kernel")["results"]["threads"]
+    head = ["R", *(f"{n} threads" if n != "1" else "1 thread" for n in rows[0]["ms"])]
+    return markdown(head, [[str(r["R"]), *(f"{t:.2f} ms" for t in r["ms"].values())] for r in rows])
+
+
+def workers() -> str:
+    """Milliseconds of a batch over the number of workers."""
+    rows = load("kernel")["results"]["workers"]
+    counts = [f"{n} workers" if n != "1" else "1 worker" for n in rows[0]["ms"]]
+    cells = [
+        [r["workload"], f"{r['multiply_adds']:.1e}", *(f"{t:.2f} ms" for t in r["ms"].values())]
+        for r in rows
+    ]
+    return markdown(["workload", "multiply-adds", *counts], cells)
+
+
 def kernel_machine() -> str:
     """What the constants were measured on."""
     return f"{ran_on(load('kernel')['machine'])}."
@@ -92,6 +110,15 @@ def kernel_machine() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (scaling, crossover, workspace, blocks, sampling, kernel_machine)
+    for table in (
+        scaling,
+        crossover,
+        workspace,
+        blocks,
+        sampling,
+        threads,
+        workers,
+        kernel_machine,
+    )
 }
 """Name in a page's comment -> what stands there."""

@@ -138,10 +138,14 @@ def plan(
 
 def _worth(shape: tuple[int, int, int, int, int]) -> int:
     """Workers that have enough to do each."""
+    return max(1, min(torch.get_num_threads(), work(shape) // POOL_WORK))
+
+
+def work(shape: tuple[int, int, int, int, int]) -> int:
+    """Multiply-adds of the factored route for ``(members, out, in, R, rank)``, roughly."""
     members, out, columns, R, rank = shape
     core = min(R, out, columns)
-    work = members * ((out + columns) * R * (R // 2 + rank) + CORE_WORK * core**3)
-    return max(1, min(torch.get_num_threads(), work // POOL_WORK))
+    return members * ((out + columns) * R * (R // 2 + rank) + CORE_WORK * core**3)
 
 
 def working_bytes(
