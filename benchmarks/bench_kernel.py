@@ -5,13 +5,14 @@
 chunks of the batch over their size; ``blocks``, the symmetric products over the width of a block
 row and over the size of a cast; ``sampling``, the randomized driver against the exact one over the
 share of the directions that it samples; ``threads``, one eigendecomposition on one thread and on
-all; ``workers``, batches over the number of workers.
+all; ``workers``, batches over the number of workers; ``parts``, what the Gram driver cannot do
+without.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,8 +22,17 @@ from typing import Any
 import torch
 
 from benchmarks.memory import limit_threads
+from benchmarks.peers import gemm_bound
 from benchmarks.timing import interleaved, record
-from benchmarks.workloads import EIGHT_TO_32, LLAMA_Q_R120, LLAMA_Q_R936, QUICK, Workload
+from benchmarks.workloads import (
+    EIGHT_TO_32,
+    LLAMA_Q_R120,
+    LLAMA_Q_R936,
+    QUICK,
+    VIT_R48,
+    VIT_R192,
+    Workload,
+)
 from hetlora_agg.linalg import svd_product
 
 CONSTANTS = {
@@ -169,6 +179,49 @@ def workers() -> list[dict[str, Any]]:
     return rows
 
 
+def parts() -> list[dict[str, Any]]:
+    """What the Gram driver cannot do without, in LB, for the workloads that have a target.
+
+    Its two float64 Gram matrices, one R×R eigendecomposition and two float32 output products. Of
+    one layer on all threads; of many on one thread, divided by the threads, as if nothing were lost
+    by sharing out.
+    """
+    rows = [parts_of(shape) for shape in (LLAMA_Q_R936, LLAMA_Q_R120, VIT_R192, VIT_R48)]
+    for row in rows:
+        print("parts", row, flush=True)
+    return rows
+
+
+def parts_of(shape: Workload) -> dict[str, Any]:
+    """One row of `parts`."""
+    symmetric, every = import_module(CONSTANTS["block"][0]), torch.get_num_threads()
+    B, A = shape.factors()
+    G, X = symmetric.gram_matrix(B), B.new_ones(shape.layers, shape.R, shape.rank)
+    few = every if shape.layers == 1 else 1
+    small = shape.R <= import_module(CONSTANTS["one_thread"][0]).ONE_THREAD_UP_TO
+
+    def on(threads: int, run: Callable[[], Any]) -> Callable[[], None]:
+        def counted() -> None:
+            torch.set_num_threads(threads)
+            run()
+            torch.set_num_threads(every)
+
+        return counted
+
+    grams = on(few, lambda: (symmetric.gram_matrix(B), symmetric.gram_matrix(A, -1)))
+    runs = {
+        "LB": partial(gemm_bound, B, A, shape.rank),
+        "Gram matrices": grams,
+        "eigendecomposition": on(1 if small else few, lambda: torch.linalg.eigh(G)),
+        "output products": on(few, lambda: (B @ X, X.mT @ A)),
+    }
+    seconds = interleaved(runs, repeats=9, budget=4)
+    bound = seconds.pop("LB")["median"]
+    shared = bound * (1 if shape.layers == 1 else every)
+    found = {name: s["median"] / shared for name, s in seconds.items()}
+    return {"workload": shape.name, "LB_ms": 1e3 * bound, "times_LB": found}
+
+
 def main() -> None:
     """Run everything, print as it goes, write the JSON."""
     limit_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -179,6 +232,7 @@ def main() -> None:
         "crossover": crossover(),
         "threads": threads(),
         "workers": workers(),
+        "parts": parts(),
     }
     print(record("kernel", results))
 

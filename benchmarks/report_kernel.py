@@ -103,6 +103,23 @@ def workers() -> str:
     return markdown(["workload", "multiply-adds", *counts], cells)
 
 
+def parts() -> str:
+    """What the Gram driver cannot do without, in LB, next to what it takes as a whole."""
+    whole = {
+        row["workload"]: row["contenders"]["ours"]["times_LB"]
+        for row in load("drivers")["results"]["workloads"]
+        if row["dtype"] == "float32"
+    }
+    rows = load("kernel")["results"]["parts"]
+    head = ["workload", *rows[0]["times_LB"], "together", "whole call"]
+    cells = []
+    for row in rows:
+        found = [*row["times_LB"].values()]
+        numbers = (*found, sum(found), whole[row["workload"]])
+        cells.append([row["workload"], *(f"{t:.2f}" for t in numbers)])
+    return markdown(head, cells)
+
+
 def kernel_machine() -> str:
     """What the constants were measured on."""
     return f"{ran_on(load('kernel')['machine'])}."
@@ -118,6 +135,7 @@ TABLES: dict[str, Callable[[], str]] = {
         sampling,
         threads,
         workers,
+        parts,
         kernel_machine,
     )
 }

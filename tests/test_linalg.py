@@ -24,6 +24,7 @@ from hetlora_agg.linalg import (
 from hetlora_agg.linalg import gram as gram_module
 from hetlora_agg.linalg import lapack as lapack_module
 from hetlora_agg.linalg import memory as memory_module
+from hetlora_agg.linalg import randomized as randomized_module
 from hetlora_agg.linalg import svd as svd_module
 from tolerance import distance, eps, recompressed_gate
 
@@ -846,3 +847,101 @@ def test_the_one_switch_of_older_torch_is_restored():
     # In a process of its own: the old and the new switches do not mix.
     run = subprocess.run([sys.executable, "-c", BEFORE_2_9], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+# --- randomized drivers -------------------------------------------------------------------------
+
+
+def decaying(rate, members=2, size=400, R=240, seed=0):
+    """Factors whose product has singular values ``rate^i``, of random sizes on either side."""
+    S = rate ** torch.arange(R, dtype=F64)
+    parts = []
+    for m in range(members):
+        U, V = orthonormal(size, R, seed + 2 * m), orthonormal(size + 40, R, seed + 2 * m + 1)
+        G = normal(R, R, seed=seed + 9) / R**0.5 + 2 * torch.eye(R, dtype=F64)
+        parts.append(((U * S) @ G, torch.linalg.inv(G) @ V.mT))
+    B, A = (torch.stack(part).float() for part in zip(*parts, strict=True))
+    return B, A
+
+
+@pytest.mark.parametrize("driver", ["randomized", "randomized_dense"])
+@pytest.mark.parametrize("rate", [0.5, 0.8, 0.95])
+def test_sampling_is_as_good_as_it_says_or_not_done(driver, rate):
+    B, A = decaying(rate)
+    exact = svd_product(B, A, rank=12, driver="qr")
+    svd = svd_product(B, A, rank=12, driver=driver, verify=True)
+    known, norm = svd.certificate, exact.certificate.norm
+    excess = (known.error - exact.certificate.tail) / norm
+    # 1e-4 is predicted from the convergence seen; float32 products leave 1e-6 of their own
+    assert (excess <= 2e-4).all()
+    assert (excess >= -1e-6).all()
+    assert known.driver == driver
+    # W is there and the tail measured, or estimated from 16 Gaussian vectors: within a factor
+    factor = 1.001 if driver == "randomized_dense" else 2.0
+    floor = 2e-6 * norm
+    assert (known.tail <= factor * exact.certificate.tail + floor).all()
+    assert (known.tail >= exact.certificate.tail / factor - floor).all()
+    identity = torch.eye(12, dtype=F64)
+    for Q in (svd.U.mT.double() @ svd.U.double(), svd.Vh.double() @ svd.Vh.mT.double()):
+        assert (Q - identity).abs().max() <= 1e-5
+    assert (svd.U.amax(-2) >= -svd.U.amin(-2)).all()
+
+
+@pytest.mark.parametrize("driver", ["randomized", "randomized_dense"])
+def test_what_has_not_converged_in_time_is_solved_exactly_and_named(driver, monkeypatch):
+    # one iteration shows no rate of convergence yet
+    monkeypatch.setattr(randomized_module, "MOST_ROUNDS", 1)
+    B, A = decaying(0.95)
+    flat = svd_product(B, A, rank=12, driver=driver)
+    assert [m for m, how in flat.certificate.fallbacks if "converges too slowly" in how] == [0, 1]
+    exact = svd_product(B, A, rank=12)
+    assert torch.allclose(flat.S, exact.S, rtol=1e-6)
+    assert torch.allclose(flat.certificate.tail, exact.certificate.tail, rtol=1e-6)
+
+
+@pytest.mark.parametrize("driver", ["randomized", "randomized_dense"])
+@pytest.mark.parametrize("name", ["plain", "all zero", "B times 1e20, A times 1e-20", "shared A"])
+def test_what_is_too_small_to_sample_is_solved_exactly(driver, name):
+    B, A = (X.float() for X in HARD[name])
+    svd = svd_product(B, A, rank=4, driver=driver)
+    assert (0, "exact driver, rank too high to sample") in svd.certificate.fallbacks
+    assert_leading_svd(B, A, svd)
+
+
+def test_sampling_repeats_to_the_bit_and_leaves_the_global_generator_alone():
+    B, A = decaying(0.8)
+    state = torch.get_rng_state()
+    first, second = (svd_product(B, A, rank=12, driver="randomized") for _ in "12")
+    assert torch.equal(first.U, second.U)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# --- beyond float64 -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("driver", ["gram", "qr", "dense"])
+def test_a_float64_product_beyond_float64_is_an_error(driver):
+    B, A = torch.full((3, 1), 1e200, dtype=F64), torch.full((1, 3), 1e200, dtype=F64)
+    with pytest.raises(ConvergenceError, match=r"beyond 1\.8e\+308|no driver converged"):
+        svd_product(B, A, driver=driver)
+
+
+def test_what_the_noise_cut_drops_is_in_the_bound():
+    # 900 values just under the cut: together √900 of what one may be
+    n = 1000
+    U, V = orthonormal(n, 901, 1), orthonormal(n, 901, 2)
+    S = torch.full((901,), 0.9 * n * torch.finfo(F64).eps * 2, dtype=F64)
+    S[0] = 1.0
+    svd = svd_product(U * S, V.mT, driver="qr", verify=True)
+    assert svd.certificate.error <= svd.certificate.bound
+
+
+@pytest.mark.parametrize("driver", ["gram", "qr", "randomized"])
+def test_a_default_device_does_not_matter(driver):
+    # "meta" holds no numbers: whatever is made on the default device by mistake fails
+    B, A = decaying(0.8)
+    expected = svd_product(B, A, rank=12, driver=driver, verify=True)
+    with torch.device("meta"):
+        found = svd_product(B, A, rank=12, driver=driver, verify=True)
+    assert torch.equal(found.U, expected.U)
+    assert torch.equal(found.certificate.error, expected.certificate.error)

@@ -74,7 +74,9 @@ def test_prediction_is_what_the_call_plans(driver, dtype, sizes, layers, workers
 @pytest.mark.parametrize("name", ["out_features", "in_features", "R"])
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_prediction_for_nothing_is_refused(name, size):
-    with pytest.raises(InputValueError, match=rf"{name} must be at least 1, got {size}"):
+    with pytest.raises(
+        InputValueError, match=rf"{name} must be an integer of at least 1, got {size}"
+    ):
         predicted_bytes(**{"out_features": 4, "in_features": 4, "R": 2, name: size})
 
 

@@ -210,3 +210,11 @@ def test_one_round_is_a_point_one_can_see():
 def test_layers_named_by_numbers_keep_their_names():
     layers = aggregate_layers({k: updates(seed=k) for k in range(3)})
     assert set(drawn_names(plot_spectrum(layers).axes[0])) == {"0", "1", "2"}
+
+
+def test_spectra_of_numpy_results_are_drawn_too():
+    rng = np.random.default_rng(0)
+    updates = [(rng.standard_normal((r, 6)), rng.standard_normal((5, r))) for r in (2, 3)]
+    result = aggregate(updates, "rb", rank=2)
+    assert isinstance(result.certificate.tail, np.ndarray)
+    assert plot_spectrum(result).axes

@@ -49,7 +49,7 @@ def aggregate(
 
     Raises:
         InputTypeError, InputValueError: what is wrong, with which client, and what to do.
-        MemoryLimitError: ``memory_limit`` is too small; nothing was allocated.
+        MemoryLimitError: ``memory_limit`` is too small.
         ConvergenceError: an SVD that no driver could take, or a result beyond its dtype.
 
     Cost: the method's; for SVD methods ``(out + in)(R² + R r)`` multiply-adds, ``R = Σ r_k``.

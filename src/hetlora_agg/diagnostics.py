@@ -85,6 +85,8 @@ def compare(
     *,
     missing: str = "error",
     on_bad_client: str = "error",
+    workers: int | None = None,
+    memory_limit: int | None = None,
     **options: Any,
 ) -> Comparison:
     """Runs several methods on the same updates and sets them side by side.
@@ -94,6 +96,8 @@ def compare(
         methods: names or functions; None takes every method in ``METHODS``.
         missing: as for `aggregate_layers`.
         on_bad_client: as for `aggregate`.
+        workers: as for `aggregate`.
+        memory_limit: as for `aggregate`, for each method by itself.
         **options: each goes to the methods that have it.
 
     Returns:
@@ -117,7 +121,11 @@ def compare(
         if not any(name in entry.options for entry in entries):
             known = {option for entry in entries for option in entry.options}
             raise InputTypeError(unknown_name("option of any of these methods", name, known))
-    doors: dict[str, Any] = {"on_bad_client": on_bad_client}
+    doors: dict[str, Any] = {
+        "on_bad_client": on_bad_client,
+        "workers": workers,
+        "memory_limit": memory_limit,
+    }
     if isinstance(updates, Mapping):
         updates = {name: list(layer) for name, layer in updates.items()}
         doors["missing"] = missing

@@ -27,7 +27,7 @@ class ConvergenceError(HetLoRAError, ArithmeticError):
 
 
 class MemoryLimitError(HetLoRAError, MemoryError):
-    """What was asked for needs more memory than ``memory_limit=`` allows; nothing was allocated."""
+    """Something needs more memory than ``memory_limit=`` allows; raised before it is allocated."""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:

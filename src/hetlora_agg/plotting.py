@@ -184,8 +184,8 @@ def _spectra(
         layers = {name: _singular_values(result) for name, result in named.items()}
         rank = max(result.rank for result in named.values())
         known = [result.certificate for result in named.values() if result.certificate is not None]
-        whole = sum(float(c.norm.square().sum()) for c in known)
-        lost = sum(float(c.tail.square().sum()) for c in known)
+        whole = sum(float((np.asarray(c.norm) ** 2).sum()) for c in known)
+        lost = sum(float((np.asarray(c.tail) ** 2).sum()) for c in known)
         kept = 1 - lost / whole if whole else 1.0
     spectra = {}
     for layer, values in layers.items():

@@ -114,7 +114,8 @@ def _measured(
         E, F = _balanced(E * signed, F)
         signed = torch.ones_like(signed)
     generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(F.shape[-1], PROBES, generator=generator, dtype=torch.float64)
+    shape = (F.shape[-1], PROBES)
+    probes = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     seen = exact_product(E, signed.unsqueeze(-1) * exact_product(F, probes.to(E.device)))
     probed = norms(seen.flatten(), -1) / PROBES**0.5
     if E.dtype != torch.float64:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,8 +67,9 @@ def _check_factors(B: Tensor, A: Tensor) -> None:
 def all_finite(*tensors: Tensor) -> bool:
     """Whether every entry of all of them is finite; one pass and one read in the usual case."""
     # A finite sum proves it; an infinite one may be overflow, so then the extremes are looked at.
-    total = sum(X.sum(dtype=torch.promote_types(X.dtype, torch.float32)) for X in tensors)
-    if bool(torch.isfinite(torch.as_tensor(total))):
+    wide = ((X.detach(), torch.promote_types(X.dtype, torch.float32)) for X in tensors)
+    total = sum(X.sum(dtype=dtype) for X, dtype in wide)
+    if math.isfinite(total):
         return True
     ends = (end for X in tensors for end in (X.amin(), X.amax()))
     return all(bool(torch.isfinite(end)) for end in ends)

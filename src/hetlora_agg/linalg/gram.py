@@ -71,7 +71,7 @@ def gram(B: Tensor, A: Tensor, rank: int) -> Solution:
     growth = torch.maximum(_longest(M), _longest(N * right.length.unsqueeze(-1)))
     scales = torch.stack([top_B[..., 0], top_A[..., 0], unit_B.amax(-1), unit_A.amax(-1)])
     narrow = _float32_will_do(B, S, rank, growth, scales.amax(0))
-    # The one place where the host waits for the numbers.
+    # The one read of the host of its own accord; LAPACK's error checks read too.
     is_fast, is_narrow = torch.stack([fast, narrow]).tolist()
     U = _vectors(left, M * unit_B.unsqueeze(-1), is_narrow)
     Vh = _vectors(right, N, is_narrow).mT
@@ -156,8 +156,9 @@ def _vectors(side: _Side, M: Tensor, narrow: list[bool]) -> Tensor:
         product = P.float() @ Q.float()
     else:
         product = exact_product(P, Q)
-        some = [i for i, can in enumerate(narrow) if can]
-        product[some] = (P[some].float() @ Q[some].float()).double()
+        # One at a time, where they lie: a batch of some of them would be a copy of their factors.
+        for i in (i for i, can in enumerate(narrow) if can):
+            product[i] = P[i].float() @ Q[i].float()
     return product if side.dim == -2 else product.mT
 
 

@@ -60,9 +60,11 @@ def psd_eigh(G: Tensor) -> tuple[Tensor, Tensor, Notes]:
     Raises:
         MemberFailed: neither eigh nor any SVD converged for some member.
     """
+    left: list[int] = []
     if selected("jacobi", G.device.type) and G.shape[-1] <= MAX_SIZE:
         found = jacobi(G.mT)
-        if bool(found.converged.all()):
+        left = [i for i, done in enumerate(found.converged.tolist()) if not done]
+        if not left:
             return found.values, found.vectors, []
     try:
         with one_lapack_thread(G.device.type == "cpu" and G.shape[-1] <= ONE_THREAD_UP_TO):
@@ -72,7 +74,7 @@ def psd_eigh(G: Tensor) -> tuple[Tensor, Tensor, Notes]:
         (vectors, values, _), further = core_svd(G.triu() + G.triu(1).mT)
         notes = [(i, "SVD in place of eigh") for i in range(len(G))]
         return values.flip(-1), vectors.flip(-1), notes + further
-    return values, vectors, []
+    return values, vectors, [(i, "eigh, Jacobi did not converge") for i in left]
 
 
 def _svd(M: Tensor) -> Triplet:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hetlora_agg.errors import InputValueError, MemoryLimitError
+from hetlora_agg.errors import InputValueError, MemoryLimitError, unknown_name
 from hetlora_agg.linalg.execution import Resources, resources
 from hetlora_agg.linalg.select import select_driver
-from hetlora_agg.linalg.symmetric import LEAST_ROWS
+from hetlora_agg.linalg.symmetric import BLOCK, FEW_BLOCKS, LEAST_ROWS
 
 WORKSPACE_BYTES = 1 << 24
 """A worker's chunk of the batch has working copies of about this many bytes on a CPU, where what
@@ -27,6 +27,10 @@ cost milliseconds (``benchmarks/results/kernel.json``, rows ``workers``)."""
 
 CORE_WORK = 9
 """Multiply-adds of an R×R eigendecomposition, in R³."""
+
+
+NAMES = ("dense", "gram", "qr", "randomized", "randomized_dense")
+"""The drivers that are priced here."""
 
 
 class Plan(NamedTuple):
@@ -57,8 +61,8 @@ def predicted_bytes(
     """Peak bytes that `svd_product` allocates, its result included and its arguments not.
 
     ``results + workers · chunk · (working copies of one member)``: never less than what lives at
-    once, and seldom more than 1.4 times that (``docs/performance.md``); an allocator may hold on to
-    more than lives. Two things are not in it: what a process allocates once (BLAS buffers, 4 MiB of
+    once (``docs/performance.md`` has the ratios; workers seldom peak together); an allocator may
+    hold on to more. Two things are not in it: what a process allocates once (BLAS buffers, 4 MiB of
     scratch per thread), and members that leave the fast path, whose needs are checked against
     ``memory_limit`` before they are solved.
 
@@ -82,9 +86,16 @@ def predicted_bytes(
         True
     """
     sizes = {"out_features": out_features, "in_features": in_features, "R": R, "layers": layers}
-    for name, size in {**sizes, "rank": rank or 1, "workers": workers or 1}.items():
-        if size < 1:
-            raise InputValueError(f"predicted_bytes: {name} must be at least 1, got {size}")
+    for name, size in {**sizes, "rank": rank, "workers": workers}.items():
+        optional = name in ("rank", "workers") and size is None
+        if not optional and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise InputValueError(
+                f"predicted_bytes: {name} must be an integer of at least 1, got {size!r}"
+            )
+    if driver not in ("auto", *NAMES):
+        raise InputValueError(
+            f"predicted_bytes: {unknown_name('driver', driver, ('auto', *NAMES))}"
+        )
     thin = min(out_features, in_features, R)
     shape = (layers, out_features, in_features, R, min(thin, rank or thin))
     if driver == "auto":
@@ -163,16 +174,21 @@ def working_bytes(
     square, core = 8 * R * R, 8 * min(R, thin) * R
     W, side = 8 * out * columns, 8 * thin * thin
     cast = 8 * both * min(R, LEAST_ROWS)
+    # Long products of few components are shared out and summed up.
+    gram = 14 if R <= FEW_BLOCKS * BLOCK else 10
     needs = {
-        "gram": exact * factors + max(10 * square, 3 * square + vectors + 16 * R * rank),
+        "gram": exact * factors + max(gram * square, 3 * square + vectors + 16 * R * rank),
         "qr": factors + max(21 * core // 2, 3 * vectors, (not exact) * factors // 2),
         "dense": 3 * W + 9 * side // 2 if exact else W + max(28 * side // 5, cast) + vectors,
     }
-    if driver not in needs:
-        # Scaled copies, and the exact driver for members that are handed over to it.
-        name = select_driver(out, columns, R, rank, dtype)
-        return copy + 3 * dtype.itemsize * both * R + needs[name]
-    return copy + needs[driver]
+    if driver in needs:
+        return copy + needs[driver]
+    # Scaled copies and the sampled vectors, W where it is formed, and the exact driver for members
+    # that are handed over to it.
+    itemsize = max(4, dtype.itemsize)
+    formed = itemsize * out * columns if driver == "randomized_dense" else 0
+    sampled = 3 * itemsize * both * R + 3 * vectors + formed
+    return copy + sampled + needs[select_driver(out, columns, R, rank, dtype)]
 
 
 def verifying_bytes(out: int, columns: int, R: int, rank: int, dtype: torch.dtype) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -52,6 +53,16 @@ class _Shared:
 
 
 _SHARED = _Shared()
+
+
+def _after_fork() -> None:
+    """A forked process has no callers but its own."""
+    global _SHARED
+    _SHARED = _Shared()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from hetlora_agg.linalg.exact import EXACT
 from hetlora_agg.linalg.lapack import core_svd
+from hetlora_agg.linalg.memory import check_fallback
 from hetlora_agg.linalg.select import select_driver
 from hetlora_agg.linalg.solution import Solution, again, norms, plain, with_notes
+from hetlora_agg.linalg.symmetric import casts
 
 OVERSAMPLING = 16
 """Directions sampled beyond the wanted rank."""
@@ -49,7 +51,7 @@ def randomized(B: Tensor, A: Tensor, rank: int) -> Solution:
 
 
 def randomized_dense(B: Tensor, A: Tensor, rank: int) -> Solution:
-    """`randomized` on W itself, formed once in the dtype of the factors; ``tail`` is exact.
+    """`randomized` on W itself, formed once in the dtype of the factors; ``tail`` is measured.
 
     For R above min(out, in), where the factors are no smaller than W. Cost ``out·in·R`` and then
     ``2 out·in·(r + 16)`` multiply-adds per iteration.
@@ -58,9 +60,9 @@ def randomized_dense(B: Tensor, A: Tensor, rank: int) -> Solution:
         return _too_wide(B, A, rank)
     b, a = _peak(B), _peak(A)
     W = (B / b) @ (A / a)
-    square = torch.linalg.matrix_norm(W.double()).square()
+    square = _measured(W).square()
     scale = (b.double() * a.double()).flatten()
-    return _sampled(_Operator(W.matmul, W.mT.matmul), B, A, rank, scale, square)
+    return _sampled(_Operator(W.matmul, W.mT.matmul), B, A, rank, scale, square, W)
 
 
 class _Operator(NamedTuple):
@@ -71,15 +73,21 @@ class _Operator(NamedTuple):
 
 
 def _sampled(
-    W: _Operator, B: Tensor, A: Tensor, rank: int, scale: Tensor, square: Tensor | None
+    W: _Operator,
+    B: Tensor,
+    A: Tensor,
+    rank: int,
+    scale: Tensor,
+    square: Tensor | None,
+    formed: Tensor | None = None,
 ) -> Solution:
     """Subspace iteration of ``scale · W``; whoever has not converged in time is solved exactly.
 
-    ``square (members,)`` is ‖W‖², estimated from the sample where it is None.
+    ``square (members,)`` is ‖W‖², estimated from the sample where it is None; ``formed`` is W where
+    it was formed.
     """
     sample = _gaussian(A, rank + OVERSAMPLING, seed=0)
     image = W.forward(sample)
-    known = square
     if square is None:
         square = torch.linalg.matrix_norm(image.double()).square() / sample.shape[-1]
     Q, P = torch.linalg.qr(image).Q, sample
@@ -97,18 +105,20 @@ def _sampled(
     (X, S, Yh), notes = core_svd(T.double())
     U, Vh = Q.double() @ X[..., :rank], Yh[..., :rank, :] @ P.double().mT
     S = S[..., :rank]
-    if known is None:
+    if formed is None:
         probes = _gaussian(A, PROBES, seed=1)
         missed = W.forward(probes).double() - (U * S.unsqueeze(-2)) @ (Vh @ probes.double())
         tail = torch.linalg.matrix_norm(missed) / PROBES**0.5
     else:
-        tail = (known - S.square().sum(-1)).clamp_min(0).sqrt()
+        # Not by subtraction: squares in the dtype of W cancel.
+        tail = _measured(formed, U * S.unsqueeze(-2), Vh)
     size = (norms(B, -2) * norms(A, -1)).sum(-1)
     S, tail = S * scale.unsqueeze(-1), tail * scale
     slow = (~good).nonzero().flatten().tolist()
     if not slow:
         return plain(U, S, Vh, size, notes)._replace(tail=tail)
     how = "exact driver, sampling converges too slowly"
+    check_fallback(len(slow), B, A, rank, ("randomized", _exact_name(B, A, rank)), B.dtype)
     own, more = again(slow, lambda: with_notes(_exact(B[slow], A[slow], rank)), how)
     own_tail = torch.linalg.vector_norm(own.S[..., rank:], dim=-1)
     for mine, theirs in ((U, own.U), (S, own.S[..., :rank]), (Vh, own.Vh), (tail, own_tail)):
@@ -125,8 +135,23 @@ def _too_wide(B: Tensor, A: Tensor, rank: int) -> Solution:
 
 def _exact(B: Tensor, A: Tensor, rank: int) -> Solution:
     """The solution of the exact driver for these sizes."""
-    name = select_driver(B.shape[-2], A.shape[-1], B.shape[-1], rank, B.dtype, B.device.type)
-    return EXACT[name](B, A, rank)
+    return EXACT[_exact_name(B, A, rank)](B, A, rank)
+
+
+def _exact_name(B: Tensor, A: Tensor, rank: int) -> str:
+    """What `select_driver` says."""
+    return select_driver(B.shape[-2], A.shape[-1], B.shape[-1], rank, B.dtype, B.device.type)
+
+
+def _measured(W: Tensor, P: Tensor | None = None, Q: Tensor | None = None) -> Tensor:
+    """``‖W − P Q‖_F`` (``‖W‖_F`` without them) in float64, a piece of W at a time."""
+    total, start = torch.zeros(len(W), dtype=torch.float64, device=W.device), 0
+    for rows in casts(W, -2):
+        stop = start + rows.shape[-2]
+        rest = rows if P is None or Q is None else rows - P[..., start:stop, :] @ Q
+        total += rest.square().sum((-2, -1))
+        start = stop
+    return total.sqrt()
 
 
 def _energy(T: Tensor, rank: int) -> Tensor:
@@ -138,7 +163,7 @@ def _energy(T: Tensor, rank: int) -> Tensor:
 def _converged(energies: list[Tensor], square: Tensor) -> Tensor:
     """Members whose energy, growing on at the rate seen last, stays within `EXCESS`."""
     if len(energies) < 3:
-        return energies[-1] > square * (1 - EXCESS**2)
+        return torch.zeros_like(square, dtype=torch.bool)
     last, before = energies[-1] - energies[-2], energies[-2] - energies[-3]
     rate = torch.where(before > 0, last / before, 0.0).clamp(0.0, 0.95)
     missing = last.clamp_min(0.0) / (1 - rate)
@@ -149,7 +174,8 @@ def _converged(energies: list[Tensor], square: Tensor) -> Tensor:
 def _gaussian(A: Tensor, columns: int, seed: int) -> Tensor:
     """The same Gaussian vectors of length in for every member, in the dtype of A."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(A.shape[-1], columns, generator=generator, dtype=torch.float64)
+    shape = (A.shape[-1], columns)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return drawn.to(A).expand(len(A), -1, -1)
 
 

@@ -71,7 +71,8 @@ def svd_product(
             approximate "randomized" (through the factors) and "randomized_dense" (forms W).
         verify: measure the error of what is returned as well; about as much work again.
         workers: chunks of layers solved at a time on a CPU, each with its share of torch's threads,
-            which are restored afterwards. None is one per thread, fewer for little work.
+            which are restored afterwards (but a thread that uses torch for the first time
+            meanwhile keeps the smaller count). None is one per thread, fewer for little work.
         memory_limit: bytes that the call may allocate, result included. Chunks shrink to fit.
 
     Returns:
@@ -80,7 +81,8 @@ def svd_product(
     Raises:
         InputTypeError: not floating-point tensors, or mixed dtypes or devices.
         InputValueError: shapes that do not fit, NaN or Inf, a rank below 1, an unknown driver.
-        MemoryLimitError: one member alone would exceed ``memory_limit``; nothing was allocated.
+        MemoryLimitError: one member alone would exceed ``memory_limit``. Members that must leave
+            the fast path are checked when they turn up, before they are solved.
         ConvergenceError: no driver converged, or a singular value leaves the result's dtype.
 
     Cost: about ``(out + in)(R²/2 + R r)`` multiply-adds and one R×R decomposition per member.
@@ -150,13 +152,13 @@ def leading_svd(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "au
 def _narrowed(svd: SVD) -> SVD:
     """With S in the dtype of U; what underflows there leaves no component."""
     S = as_dtype(svd.S, svd.U.dtype)
-    if S.dtype == torch.float64 or bool((S >= torch.finfo(S.dtype).tiny).all()):
+    if S.dtype == torch.float64 or not bool(((svd.S > 0) & (S < torch.finfo(S.dtype).tiny)).any()):
         return replace(svd, S=S)
     dead, known = (S == 0).unsqueeze(-2), svd.certificate
     lost = torch.linalg.vector_norm(svd.S - S, dim=-1)
     known = replace(known, kept=(S > 0).sum(-1), rounding=known.rounding + lost)
-    U, Vh = svd.U.masked_fill(dead, 0.0), svd.Vh.masked_fill(dead.mT, 0.0)
-    return SVD(U, S, Vh, known)
+    # In place: they were made by this call.
+    return SVD(svd.U.masked_fill_(dead, 0.0), S, svd.Vh.masked_fill_(dead.mT, 0.0), known)
 
 
 def as_dtype(S: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,10 +179,17 @@ def _finished(
     """One chunk with what is rounding cut, signs fixed, vectors cast into their place."""
     U, S, Vh, size, pivot, roundings, square_error, notes, tail = solution
     rank, spectrum = U.shape[-1], S.shape[-1]
+    if U_out.dtype == torch.float64 and not all_finite(S, size):
+        raise ConvergenceError(
+            "svd_product: a product of these float64 factors is beyond "
+            f"{torch.finfo(torch.float64).max:.3g}, the largest float64; scale the factors down"
+        )
     noise_share = max(U.shape[-2], Vh.shape[-1]) * torch.finfo(torch.float64).eps
     # Under the rounding of the sums that make W a singular value is noise of dependent or
     # cancelling columns; relative to the size of the terms, since W itself may cancel.
-    S = torch.where(S > (noise_share * size).unsqueeze(-1), S, 0.0)
+    alive = S > (noise_share * size).unsqueeze(-1)
+    cut = _length(torch.where(alive, 0.0, S), U_out.dtype)
+    S = torch.where(alive, S, 0.0)
     norm = _length(S, U_out.dtype)
     if tail is None:
         tail = _length(S[..., rank:], U_out.dtype)
@@ -199,7 +208,7 @@ def _finished(
         Vh_out.masked_fill_(dead.mT, 0.0)
     # Eight more: casts of both vectors and of S, and a split of S into the factors.
     unit = torch.finfo(U_out.dtype).eps / 2
-    rounding = (8 + roundings) * unit * norm + 10 * noise_share * size / pivot
+    rounding = (8 + roundings) * unit * norm + 10 * noise_share * size / pivot + cut
     if rank < spectrum:
         # Of a sum of squares: a large tail hardly notices, one of zero has its square root.
         blur = square_error / torch.maximum(tail, square_error.sqrt())

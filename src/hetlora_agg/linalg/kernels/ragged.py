@@ -94,11 +94,12 @@ def columns_of(blocks: Sequence[Tensor]) -> Columns:
                 block.shape[2],
             ]
             for block in blocks
-        ]
+        ],
+        device="cpu",
     )
     start, member, row, column, rank = facts.unbind(-1)
     before = rank.cumsum(0) - rank
-    local = torch.arange(int(rank.sum())) - before.repeat_interleave(rank)
+    local = torch.arange(int(rank.sum()), device="cpu") - before.repeat_interleave(rank)
     offset = start.repeat_interleave(rank) + local * column.repeat_interleave(rank)
     table = torch.stack([offset, member.repeat_interleave(rank), row.repeat_interleave(rank)])
 
