@@ -14,6 +14,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -88,12 +89,13 @@ class Kept:
 
 
 def cases(mode: Mode) -> list[Case]:
-    """What a mode measures."""
-    single, double = list(workloads.QUICK), list(workloads.QUICK_FLOAT64)
+    """What a mode measures, the quick workloads of either dtype first."""
+    todo = [(w, torch.float32) for w in workloads.QUICK]
+    todo += [(w, torch.float64) for w in workloads.QUICK_FLOAT64]
     if mode.name == "full":
-        single += workloads.MORE
-        double += workloads.MORE_FLOAT64
-    return [(w, torch.float32) for w in single] + [(w, torch.float64) for w in double]
+        todo += [(w, torch.float32) for w in workloads.MORE]
+        todo += [(w, torch.float64) for w in workloads.MORE_FLOAT64]
+    return todo
 
 
 def measure(workload: Workload, dtype: torch.dtype, mode: Mode, speed: float) -> dict[str, Any]:
@@ -184,13 +186,16 @@ def code_state() -> str:
     return state.hexdigest()[:16]
 
 
-def run_all(todo: Sequence[Case], mode: Mode, so_far: Path) -> list[dict[str, Any]]:
-    """Every case, each written to ``so_far`` as soon as it is there."""
+def run_all(todo: Sequence[Case], mode: Mode, so_far: Path, minutes: float) -> list[dict[str, Any]]:
+    """Every case, each written to ``so_far`` as soon as it is there; none begun after ``minutes``."""
+    start = time.perf_counter()
     rows = json.loads(so_far.read_text()) if so_far.exists() else []
     done = {(row["workload"], row["dtype"]) for row in rows}
     speed = machine_speed()
     for workload, dtype in progress(todo):
         if (workload.name, str(dtype).removeprefix("torch.")) in done:
+            continue
+        if time.perf_counter() - start > 60 * minutes:
             continue
         row = measure(workload, dtype, mode, speed)
         rows.append(row)
@@ -220,18 +225,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--mode", choices=MODES, default="full")
     parser.add_argument("--quick", dest="mode", action="store_const", const="quick")
-    mode = MODES[parser.parse_args().mode]
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no workload later")
+    given = parser.parse_args()
+    mode = MODES[given.mode]
     limit_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     key = f"{mode.name}-{torch.get_num_threads()}-{code_state()}"
     so_far = Path(tempfile.gettempdir()) / f"hetlora_agg-drivers-{key}.json"
     start = time.perf_counter()
-    rows = run_all(cases(mode), mode, so_far)
+    rows = run_all(cases(mode), mode, so_far, given.minutes)
+    measured = {(row["workload"], row["dtype"]) for row in rows}
+    every = [(w.name, str(dtype).removeprefix("torch.")) for w, dtype in cases(mode)]
     results = {
         "mode": dataclasses.asdict(mode),
         # Of this process only: what an interrupted run has measured before is not counted.
         "minutes": (time.perf_counter() - start) / 60,
         "contenders": {name: contender.note for name, contender in CONTENDERS.items()},
         "workloads": rows,
+        "left_out": [" ".join(case) for case in every if case not in measured],
         "summary": summary(rows),
         "targets": targets(rows),
     }

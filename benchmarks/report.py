@@ -53,6 +53,8 @@ def machine() -> str:
         f"peers that need more than {mode['limit']:g} s a call left out; it took "
         f"{record['results']['minutes']:.1f} minutes."
     )
+    if left_out := record["results"].get("left_out"):
+        text += f" Not measured in this run, for lack of time: {', '.join(left_out)}."
     if mode["name"] == "trial":
         text += " **Placeholders: a trial only shows that everything runs.**"
     return text
