@@ -187,7 +187,7 @@ def code_state() -> str:
 
 
 def run_all(todo: Sequence[Case], mode: Mode, so_far: Path, minutes: float) -> list[dict[str, Any]]:
-    """Every case, each written to ``so_far`` as soon as it is there; none begun after ``minutes``."""
+    """Every case, each written to ``so_far`` at once; none is begun after ``minutes``."""
     start = time.perf_counter()
     rows = json.loads(so_far.read_text()) if so_far.exists() else []
     done = {(row["workload"], row["dtype"]) for row in rows}

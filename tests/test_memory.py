@@ -13,6 +13,7 @@ from hetlora_agg import HetLoRAError, InputValueError
 from hetlora_agg.errors import MemoryLimitError
 from hetlora_agg.linalg import limited, predicted_bytes, svd_product
 from hetlora_agg.linalg import svd as svd_module
+from hetlora_agg.linalg.memory import ROUNDED_UP
 from test_certificate_inputs import one_starting_point, problem, solve, unrelated
 from test_gate_inputs import F32, F64
 from tolerance import recompressed_gate
@@ -197,8 +198,8 @@ def test_a_limit_in_between_shrinks_the_plan_and_results_stay_right(
     assert plan.workers <= workers
     assert sum(chunks) == 12
     assert max(chunks) <= plan.chunk
-    each = least - 12 * result_bytes(one)
-    assert plan.bytes == 12 * result_bytes(one) + plan.workers * plan.chunk * each
+    fixed = ROUNDED_UP + 12 * result_bytes(one)
+    assert plan.bytes == fixed + plan.workers * plan.chunk * (least - fixed)
     gate = [recompressed_gate(dtype, 60, 50, float(s)) for s in one.truth[2]]
     assert (np.abs(one.error(svd) - svd.certificate.tail.numpy()) <= gate).all()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from hetlora_agg.errors import InputValueError, MemoryLimitError, unknown_name
 from hetlora_agg.linalg.execution import Resources, resources
 from hetlora_agg.linalg.select import select_driver
-from hetlora_agg.linalg.symmetric import BLOCK, FEW_BLOCKS, LEAST_ROWS
+from hetlora_agg.linalg.symmetric import LEAST_ROWS
 
 WORKSPACE_BYTES = 1 << 24
 """A worker's chunk of the batch has working copies of about this many bytes on a CPU, where what
@@ -28,6 +28,9 @@ cost milliseconds (``benchmarks/results/kernel.json``, rows ``workers``)."""
 CORE_WORK = 9
 """Multiply-adds of an R×R eigendecomposition, in R³."""
 
+
+ROUNDED_UP = 1 << 19
+"""Bytes that allocators round up to in a call, whatever its size."""
 
 NAMES = ("dense", "gram", "qr", "randomized", "randomized_dense")
 """The drivers that are priced here."""
@@ -131,7 +134,7 @@ def plan(
     chunk = -(-members // (rounds * workers))
     workers = min(workers, -(-members // chunk))
     itemsize = 8 if dtype == torch.float64 else 4
-    result = copies + members * rank * (itemsize * (out + columns) + 8)
+    result = ROUNDED_UP + copies + members * rank * (itemsize * (out + columns) + 8)
     limit = allowed.memory_limit
     if limit is not None and result + workers * chunk * each > limit:
         room = (limit - result) // each
@@ -174,10 +177,8 @@ def working_bytes(
     square, core = 8 * R * R, 8 * min(R, thin) * R
     W, side = 8 * out * columns, 8 * thin * thin
     cast = 8 * both * min(R, LEAST_ROWS)
-    # Long products of few components are shared out and summed up.
-    gram = 14 if R <= FEW_BLOCKS * BLOCK else 10
     needs = {
-        "gram": exact * factors + max(gram * square, 3 * square + vectors + 16 * R * rank),
+        "gram": exact * factors + max(10 * square, 3 * square + vectors + 16 * R * rank),
         "qr": factors + max(21 * core // 2, 3 * vectors, (not exact) * factors // 2),
         "dense": 3 * W + 9 * side // 2 if exact else W + max(28 * side // 5, cast) + vectors,
     }
