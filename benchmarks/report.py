@@ -50,8 +50,7 @@ def machine() -> str:
     mode = record["results"]["mode"]
     text = (
         f"{ran_on(record['machine'])}. A {mode['name']} run: at most {mode['turns']} turns each, "
-        f"peers that need more than {mode['limit']:g} s a call left out; it took "
-        f"{record['results']['minutes']:.1f} minutes."
+        f"peers that need more than {mode['limit']:g} s a call left out."
     )
     if left_out := record["results"].get("left_out"):
         text += f" Not measured in this run, for lack of time: {', '.join(left_out)}."
