@@ -186,7 +186,9 @@ def code_state() -> str:
     return state.hexdigest()[:16]
 
 
-def run_all(todo: Sequence[Case], mode: Mode, so_far: Path, minutes: float) -> list[dict[str, Any]]:
+def run_all(
+    todo: Sequence[Case], mode: Mode, so_far: Path, minutes: float = math.inf
+) -> list[dict[str, Any]]:
     """Every case, each written to ``so_far`` at once; none is begun after ``minutes``."""
     start = time.perf_counter()
     rows = json.loads(so_far.read_text()) if so_far.exists() else []
