@@ -410,6 +410,19 @@ def test_fused_kernels_give_the_same_where_they_are_selected(name, monkeypatch):
         assert_leading_svd(B, A, svd, (i,))
 
 
+@pytest.mark.parametrize("name", ["plain", "shared A", "one client with B = 0", "all zero"])
+def test_padding_R_changes_nothing(name, monkeypatch):
+    # as on a GPU; 16 components become 21
+    B, A = (torch.stack([X, 2 * X]).float() for X in HARD[name])
+    monkeypatch.setattr(svd_module, "PAD_TO", {"cpu": 7})
+    for rank in (4, 16):
+        svd = svd_product(B, A, rank=rank, driver="gram", verify=True)
+        assert svd.S.shape == (2, rank)
+        assert (svd.certificate.error <= svd.certificate.bound).all()
+        for i in range(2):
+            assert_leading_svd(B, A, svd, (i,))
+
+
 # --- when LAPACK does not converge --------------------------------------------------------------
 
 LARGE = 1e6

@@ -29,7 +29,7 @@ CORE_WORK = 9
 """Multiply-adds of an R×R eigendecomposition, in R³."""
 
 
-ROUNDED_UP = 1 << 19
+ROUNDED_UP = 1 << 18
 """Bytes that allocators round up to in a call, whatever its size."""
 
 NAMES = ("dense", "gram", "qr", "randomized", "randomized_dense")
@@ -178,7 +178,7 @@ def working_bytes(
     W, side = 8 * out * columns, 8 * thin * thin
     cast = 8 * both * min(R, LEAST_ROWS)
     needs = {
-        "gram": exact * factors + max(10 * square, 3 * square + vectors + 16 * R * rank),
+        "gram": exact * factors + max(10 * square, 6 * square + vectors + 16 * R * rank),
         "qr": factors + max(21 * core // 2, 3 * vectors, (not exact) * factors // 2),
         "dense": 3 * W + 9 * side // 2 if exact else W + max(28 * side // 5, cast) + vectors,
     }

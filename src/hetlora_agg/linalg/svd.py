@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hetlora_agg.errors import ConvergenceError
 from hetlora_agg.linalg.certificate import Certificate, verified
@@ -27,6 +28,11 @@ SPLITS: Mapping[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] 
     "right": lambda U, S, Vh: (U, S.unsqueeze(-1) * Vh),
 }
 """Where the singular values go: into both factors, into the left, or into the right one."""
+
+
+PAD_TO: Mapping[str, int] = {"cuda": 16}
+"""By device, what R is padded to a multiple of for the Gram driver: matrix units like whole tiles.
+A pair of zeros is left out there of everything but the shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,11 +131,17 @@ def leading_svd(B: Tensor, A: Tensor, rank: int | None = None, driver: str = "au
         U = torch.empty(len(B), out, rank, dtype=dtype, device=B.device)
         Vh = torch.empty(len(B), rank, columns, dtype=dtype, device=B.device)
 
+    extra = -R % PAD_TO.get(B.device.type, 1) if driver == "gram" else 0
+
     def solve(start: int) -> tuple[Tensor, Certificate]:
         some = slice(start, start + chunk)
         try:
             with limited(None, each):
-                solution = DRIVERS[driver](B[some].to(dtype), A[some].to(dtype), rank)
+                b, a = B[some].to(dtype), A[some].to(dtype)
+                if extra:
+                    b, a = pad(b, (0, extra)), pad(a, (0, 0, 0, extra))
+                solution = DRIVERS[driver](b, a, rank)
+                solution = solution._replace(S=solution.S[..., :R])
         except MemberFailed as error:
             raise ConvergenceError(
                 f"svd_product: no driver converged on batch member {start + error.member} "
