@@ -178,7 +178,7 @@ def working_bytes(
     W, side = 8 * out * columns, 8 * thin * thin
     cast = 8 * both * min(R, LEAST_ROWS)
     needs = {
-        "gram": exact * factors + max(10 * square, 6 * square + vectors + 16 * R * rank),
+        "gram": exact * factors + max(10 * square, 6 * square + vectors + 18 * R * rank),
         "qr": factors + max(21 * core // 2, 3 * vectors, (not exact) * factors // 2),
         "dense": 3 * W + 9 * side // 2 if exact else W + max(28 * side // 5, cast) + vectors,
     }
