@@ -6,11 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drivers import every_driver, exact_driver
 from hetlora_agg.linalg import svd_product
 from test_certificate_inputs import (
     Problem,
-    every_driver,
-    exact_driver,
     near_opposites,
     numbers,
     problem,

@@ -4,31 +4,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import strategies as st
 
 from hetlora_agg.linalg import svd_product
 from test_gate_inputs import F32, F64, LD, norms, product_and_spectrum
-
-# gram squares condition numbers in float64: its declared class is input up to float32
-DRIVERS = [
-    ("gram", F32),
-    ("qr", F32),
-    ("qr", F64),
-    ("dense", F32),
-    ("dense", F64),
-    ("auto", F32),
-    ("auto", F64),
-]
-exact_driver = pytest.mark.parametrize(
-    ("driver", "dtype"),
-    DRIVERS[:-2],
-    ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in DRIVERS[:-2]],
-)
-every_driver = pytest.mark.parametrize(
-    ("driver", "dtype"), DRIVERS, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in DRIVERS]
-)
 
 # --- kinds of clients: (rng, out, R, in) -> B, A ------------------------------------------------
 

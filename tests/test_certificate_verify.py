@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
+from drivers import every_driver, exact_driver
 from hetlora_agg.linalg import svd as svd_module
 from test_certificate_inputs import (
     Problem,
     all_zero,
-    every_driver,
-    exact_driver,
     exact_opposites,
     near_opposites,
     numbers,

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
+from drivers import every_driver
 from hetlora_agg.linalg import svd_product
 from test_gate_inputs import CASES, F32, F64, LD, Case, exact, norms, scalings
 from tolerance import eps
@@ -18,18 +19,6 @@ from tolerance import eps
 GATE = 10
 """LAPACK lets 50 pass."""
 
-DRIVERS = [
-    ("gram", F32),
-    ("qr", F32),
-    ("qr", F64),
-    ("dense", F32),
-    ("dense", F64),
-    ("auto", F32),
-    ("auto", F64),
-]
-every_driver = pytest.mark.parametrize(
-    ("driver", "dtype"), DRIVERS, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in DRIVERS]
-)
 CALM = [case for case in CASES if not case.cancels]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.linalg import LinAlgError
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from drivers import every_driver
 from hetlora_agg import ConvergenceError, HetLoRAError, InputTypeError, InputValueError
 from hetlora_agg.linalg import (
     all_finite,
@@ -30,20 +31,6 @@ from tolerance import distance, eps, recompressed_gate
 
 OUT, IN, K, R_K = 40, 28, 4, 4
 F32, F64 = torch.float32, torch.float64
-
-# gram squares condition numbers in float64: its declared class is input up to float32
-DRIVERS = [
-    ("gram", F32),
-    ("qr", F32),
-    ("qr", F64),
-    ("dense", F32),
-    ("dense", F64),
-    ("auto", F32),
-    ("auto", F64),
-]
-every_driver = pytest.mark.parametrize(
-    ("driver", "dtype"), DRIVERS, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in DRIVERS]
-)
 
 
 def array(X):

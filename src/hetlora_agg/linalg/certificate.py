@@ -24,7 +24,7 @@ class Certificate:
         driver: the driver that ran, see `linalg.svd_product`.
         norm: Frobenius norm of the whole matrix W.
         tail: Frobenius norm of what truncation discarded: the least error any matrix of that rank
-            has. From the spectrum, but estimated by the randomized drivers.
+            has. From the spectrum; randomized drivers estimate or measure it.
         rounding: bound on what rounding adds: sums in float64, casts to the result's dtype, and,
             where the vectors were multiplied out in float32, the usual √R of independent roundings.
         size: ``Σ ‖b_j‖‖a_j‖``, the length of the sum that makes W.
