@@ -1,7 +1,7 @@
 """What the constants in ``hetlora_agg.linalg`` were read off.
 
 ``python -m benchmarks.bench_kernel`` writes ``results/kernel.json``:
-``crossover``, the exact drivers over R / min(out, in), for ``select.DENSE_FROM``; ``workspace``,
+``crossover``, the exact drivers over R and the shape, for ``select.DENSE_FROM``; ``workspace``,
 chunks of the batch over their size; ``blocks``, the symmetric products over the width of a block
 row and over the size of a cast; ``sampling``, the randomized driver against the exact one over the
 share of the directions that it samples; ``threads``, one eigendecomposition on one thread and on
@@ -33,7 +33,7 @@ from benchmarks.workloads import (
     VIT_R192,
     Workload,
 )
-from hetlora_agg.linalg import svd_product
+from hetlora_agg.linalg import select_driver, svd_product
 
 CONSTANTS = {
     "workspace": ("hetlora_agg.linalg.memory", "WORKSPACE_BYTES"),
@@ -60,22 +60,33 @@ def constant(name: str, value: int) -> Iterator[None]:
         setattr(module, attribute, before)
 
 
+SHARES = (0.25, 0.5, 0.65, 0.8, 0.9, 1.0, 1.25)
+CROSSOVERS = (
+    *((256, 256, 8, share) for share in SHARES),
+    *((512, 512, 4, share) for share in SHARES),
+    *((512, 1024, 4, share) for share in (0.65, 0.8, 0.9, 1.0)),
+    *((768, 3072, 2, share) for share in (0.65, 0.83, 1.0)),
+    *((1024, 4096, 2, share) for share in (0.8, 0.914, 1.0)),
+)
+"""out, in, layers and R / min(out, in) of the rows of `crossover`."""
+
+
 def crossover() -> list[dict[str, Any]]:
     """Milliseconds per layer of the three drivers as R approaches and passes min(out, in)."""
     rows = []
-    for size, layers in ((256, 8), (512, 4)):
-        for share in (0.25, 0.5, 0.65, 0.8, 0.9, 1.0, 1.25):
-            g = torch.Generator().manual_seed(0)
-            R = round(share * size)
-            B = torch.randn(layers, size, R, generator=g)
-            A = torch.randn(layers, R, size, generator=g)
-            seconds = interleaved(
-                {d: partial(svd_product, B, A, 32, driver=d) for d in ("gram", "qr", "dense")},
-                repeats=3,
-            )
-            per_layer = {d: 1e3 * s["median"] / layers for d, s in seconds.items()}
-            rows.append({"size": size, "R/size": share, "ms": per_layer})
-            print(size, share, {d: round(ms, 2) for d, ms in per_layer.items()}, flush=True)
+    for out, columns, layers, share in CROSSOVERS:
+        g = torch.Generator().manual_seed(0)
+        R = round(share * min(out, columns))
+        B = torch.randn(layers, out, R, generator=g)
+        A = torch.randn(layers, R, columns, generator=g)
+        seconds = interleaved(
+            {d: partial(svd_product, B, A, 32, driver=d) for d in ("gram", "qr", "dense")},
+            repeats=3,
+        )
+        per_layer = {d: 1e3 * s["median"] / layers for d, s in seconds.items()}
+        chosen = select_driver(out, columns, R)
+        rows.append({"out": out, "in": columns, "R": R, "ms": per_layer, "chosen": chosen})
+        print(out, columns, R, chosen, {d: round(ms, 2) for d, ms in per_layer.items()}, flush=True)
     return rows
 
 

@@ -37,12 +37,13 @@ def scaling() -> str:
 
 
 def crossover() -> str:
-    """Milliseconds per layer of the three drivers over R / min(out, in)."""
-    rows = [
-        [str(row["size"]), f"{row['R/size']:g}", *(f"{t:.2f}" for t in row["ms"].values())]
-        for row in load("kernel")["results"]["crossover"]
-    ]
-    return markdown(["out = in", "R / in", "gram ms", "qr ms", "dense ms"], rows)
+    """Milliseconds per layer of the three drivers over R and the shape; in bold, the one chosen."""
+    rows = []
+    for r in load("kernel")["results"]["crossover"]:
+        size = f"{r['R'] * (r['out'] + r['in']) / (r['out'] * r['in']):.2f}"
+        times = [f"**{t:.2f}**" if d == r["chosen"] else f"{t:.2f}" for d, t in r["ms"].items()]
+        rows.append([f"{r['out']}×{r['in']}", str(r["R"]), size, *times])
+    return markdown(["W", "R", "factors / W", "gram ms", "qr ms", "dense ms"], rows)
 
 
 def workspace() -> str:

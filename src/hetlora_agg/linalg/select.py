@@ -8,9 +8,10 @@ import torch
 
 Driver = Literal["gram", "qr", "dense"]
 
-DENSE_FROM = 0.8
-"""R / min(out, in) above which W itself is the smallest thing to decompose
-(``benchmarks/results/kernel.json``, rows ``crossover``)."""
+DENSE_FROM = 1.6
+"""Numbers in the factors per number in W, ``R (out + in) / (out in)``, above which W itself is
+the quicker thing to decompose (``benchmarks/results/kernel.json``, rows ``crossover``). For a
+square matrix that is R = 0.8 min(out, in)."""
 
 
 def select_driver(
@@ -23,12 +24,15 @@ def select_driver(
 ) -> Driver:
     """The exact driver for the leading SVD of ``B @ A``, from sizes alone.
 
-    Rules, in the order of the code, with ``D = min(out_features, in_features)``:
+    Rules, in the order of the code:
 
-    1. ``R > 0.8 D``: ``"dense"``. The factors are no smaller than the matrix, so it is formed
-       (threshold: ``benchmarks/results/kernel.json``, rows ``crossover``).
-    2. float64 input: ``"qr"``. A Gram matrix would halve the digits the caller paid for.
-    3. otherwise ``"gram"``: float64 Gram matrices lose less than the rounding of the input.
+    1. ``R > min(out_features, in_features)``: ``"dense"``. The factors have more directions than
+       the matrix, so their Gram matrices are singular and their QR finds nothing to leave out.
+    2. ``R (out + in) > 1.6 out in``: ``"dense"``. The factors are larger than the matrix, so it is
+       formed (threshold: ``benchmarks/results/kernel.json``, rows ``crossover``; on a square
+       matrix R > 0.8 min(out, in), on a long one never before rule 1).
+    3. float64 input: ``"qr"``. A Gram matrix would halve the digits the caller paid for.
+    4. otherwise ``"gram"``: float64 Gram matrices lose less than the rounding of the input.
 
     What sizes cannot tell is decided per member, inside the drivers: members whose clients
     duplicate or cancel each other leave `gram` for `qr`, and `dense` for the SVD of W, and are
@@ -52,7 +56,9 @@ def select_driver(
         'qr'
     """
     del rank, device_type
-    if DENSE_FROM * min(out_features, in_features) < R:
+    if min(out_features, in_features) < R:
+        return "dense"
+    if DENSE_FROM * out_features * in_features < R * (out_features + in_features):
         return "dense"
     if dtype == torch.float64:
         return "qr"
