@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hetlora_agg import METHODS
+from hetlora_agg import CLIENTS, METHODS
 
 PROJECT = Path(__file__).parent.parent
 # Run as a script, only docs/ is on the path.
@@ -46,6 +46,16 @@ def methods() -> str:
     return markdown([*head, "gauge-invariant", "source"], rows)
 
 
+def sides() -> str:
+    """One line per method: what its clients do, what the server keeps, what a round costs."""
+    rows = []
+    for name, entry in sorted(METHODS.items()):
+        known = entry.describe()
+        server = "; ".join(known["server"]) or "nothing"
+        rows.append([f"`{name}`", known["client"], server, known["cost"], known["fidelity"]])
+    return markdown(["method", "a client", "the server keeps", "cost", "fidelity"], rows)
+
+
 def method_cards() -> str:
     """Everything the docstrings say, method by method."""
     cards = []
@@ -53,12 +63,16 @@ def method_cards() -> str:
         claims = [c if not o else f"{c} (with {o})" for c, o in sorted(entry.claims.items())]
         text = inspect.getdoc(entry.run) or ""
         text = re.sub(r"\nExample:\n(?:    .*\n|\n)*(?=\S)", "\n", text)
-        cards.append(f"## `{name}`\n\n```text\n{text}\n\nClaims: {', '.join(claims)}.\n```")
+        sides = f"Client: {CLIENTS[entry.client]}.\nServer keeps: "
+        sides += "; ".join(entry.server) or "nothing"
+        cards.append(
+            f"## `{name}`\n\n```text\n{text}\n\n{sides}.\n\nClaims: {', '.join(claims)}.\n```"
+        )
     return "\n\n".join(cards)
 
 
 def simulation() -> str:
-    """The demo's runs: accuracy and distance from the exact mean."""
+    """The demo's runs: accuracy, noises, rank."""
     record = json.loads((RESULTS / "simulation.json").read_text())
     by_accuracy = sorted(record["methods"].items(), key=lambda item: -item[1]["accuracy"]["mean"])
     rows = [
@@ -66,7 +80,9 @@ def simulation() -> str:
             f"`{name}`",
             f"{run['accuracy']['mean']:.3f}",
             f"{run['accuracy']['min']:.3f}–{run['accuracy']['max']:.3f}",
-            f"{run['distance']['mean']:.2g}",
+            f"{run['aggregation_noise']['mean']:.2g}",
+            f"{run['initialisation_noise']['mean']:.2g}",
+            f"{run['effective_rank']['mean']:.1f}",
         ]
         for name, run in by_accuracy
     ]
@@ -77,12 +93,19 @@ def simulation() -> str:
         f"(accuracy {record['start_accuracy']['mean']:.3f}), {settings['rounds']} rounds, mean and "
         f"range over {seeds} seeds:"
     )
-    head = ["method", "accuracy", "over seeds", "distance from exact mean"]
+    head = [
+        "method",
+        "accuracy",
+        "over seeds",
+        "aggregation noise",
+        "initialisation noise",
+        "effective rank",
+    ]
     return f"{caption}\n\n{markdown(head, rows)}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **{f.__name__: f for f in (methods, method_cards, simulation)},
+    **{f.__name__: f for f in (methods, sides, method_cards, simulation)},
     **report.TABLES,
     **report_kernel.TABLES,
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -320,6 +321,15 @@ def fedex(clients: Sequence[Client]) -> Matrix:
 def fedex_residual(clients: Sequence[Client]) -> Matrix:
     """Σ p_k ΔW_k − B̄ Ā with zero-padded factor means."""
     return exact_mean(clients) - zeropad(clients)
+
+
+def of(method: str) -> Callable[..., Matrix]:
+    """The oracle of a method, in whichever of the reference files it is."""
+    for module in ("reference", "reference_slots", "reference_spaces"):
+        found = getattr(import_module(module), method, None)
+        if found is not None:
+            return found
+    raise LookupError(f"no oracle for {method!r}")
 
 
 # --- rank reduction -----------------------------------------------------------------------------

@@ -180,8 +180,13 @@ def test_compare_runs_every_method_and_says_why_one_is_skipped():
     rows = {row.method: row for row in comparison.rows}
     assert set(rows) == set(METHODS)
     assert "expected clients of equal rank" in rows["fedit"].skipped
+    assert "expected one lora_A on all clients" in rows["ffa"].skipped
+    assert rows["fedrot"].skipped == "needs previous=, round="
+    skipped = {name for name, row in rows.items() if row.skipped is not None}
+    assert skipped >= {name for name, entry in METHODS.items() if entry.needs}
+    assert skipped <= {n for n, e in METHODS.items() if e.needs or e.common} | {"fedit"}
     for name, row in rows.items():
-        if name != "fedit":
+        if name not in skipped:
             alone = diagnose(clients(), aggregate(clients(), name))
             assert row.relative_distance == alone.relative_distance
             assert row.energy_kept == alone.energy_kept

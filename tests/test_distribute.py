@@ -19,6 +19,7 @@ from hetlora_agg import (
     distribute,
 )
 from reference import array, dense
+from states import run
 from tolerance import assert_leading_slices, distance, eps
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -38,7 +39,7 @@ def clients(ranks=(4, 2, 3), dtype=F32, layers=(), seed=0):
 
 def result(method="rb", dtype=F32, layers=(), **options):
     mixed = "mixed_ranks" in METHODS[method].claims
-    return aggregate(clients((4, 2, 3) if mixed else (4, 4), dtype, layers), method, **options)
+    return run(clients((4, 2, 3) if mixed else (4, 4), dtype, layers), method, **options)
 
 
 NESTED = sorted(name for name in METHODS if result(name).nested)

@@ -1,12 +1,15 @@
 """The contract every registered method keeps, whatever it computes."""
 
+import inspect
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
@@ -16,6 +19,7 @@ from hetlora_agg.linalg import svd_product
 from hetlora_agg.testing import client_updates
 from hetlora_agg.validation import read_updates
 from reference import Client, by_layer, total
+from states import common_of, fitting, run, state_for, without_chance
 from tolerance import averaged_gate, distance, shared_gate_of
 
 NAMES = sorted(METHODS)
@@ -23,6 +27,12 @@ NAMES = sorted(METHODS)
 UNDERFLOW = 1e-30
 """What may be lost below float32's smallest number, 1e-45, in sums of up to 1e15 such terms; the
 entries that hypothesis draws are many orders above it."""
+
+
+def streams(name, layers):
+    """A generator for each layer, seeded with its number, for methods that draw."""
+    seeded = [torch.Generator().manual_seed(i) for i in layers]
+    return {"generator": seeded} if "generator" in METHODS[name].needs else {}
 
 
 def untruncated(name):
@@ -43,7 +53,7 @@ def updates_for(name, layers=(), dtype=torch.float64, seed=0):
     ranks = (2, 4, 3, 4) if takes_mixed(name) else (3, 3, 3, 3)
     g = torch.Generator().manual_seed(seed)
     weights, scalings = (3, 5, 8, 2), (1.0, 2.0, 0.5, 1.0)
-    return [
+    updates = [
         ClientUpdate(
             torch.randn(*layers, r, 11, generator=g).to(dtype),
             torch.randn(*layers, 13, r, generator=g).to(dtype),
@@ -53,6 +63,7 @@ def updates_for(name, layers=(), dtype=torch.float64, seed=0):
         )
         for k, (r, n, s) in enumerate(zip(ranks, weights, scalings, strict=True))
     ]
+    return fitting(name, updates)
 
 
 def same(one, other):
@@ -63,21 +74,70 @@ def same(one, other):
     return all(torch.equal(x, y) for x, y in pairs)
 
 
+def oracle_of(name, dtype):
+    """The method's oracle as a function of clients alone, nothing cut off, in a first round."""
+    oracle = reference.of(name)
+    known = {**state_for(name), **untruncated(name), **layer_by_layer(name), "drop": 0.0}
+    known["dtype"] = dtype
+    parameters = inspect.signature(oracle).parameters
+    taken = {k: v for k, v in known.items() if k in parameters}
+    if "keep" in parameters:
+        return lambda clients: oracle(clients, keep=[1.0] * len(clients), **taken)
+    return partial(oracle, **taken)
+
+
+def sensitivity(oracle, layer, dtype):
+    """How far the oracle itself moves when its input moves by rounding.
+
+    Methods that choose directions or entries by size have no bound of their own: they are as
+    sensitive as the gaps they find. A backward stable computation is the exact one of such input;
+    for methods without gaps this is a few ε of the clients' size.
+    """
+    rng = np.random.default_rng(0)
+    largest = 0.0
+    for _ in range(2):
+        moved = []
+        for client in layer:
+            A, B = (
+                X + torch.finfo(dtype).eps * np.linalg.norm(X) * rng.standard_normal(X.shape)
+                for X in (client.A, client.B)
+            )
+            moved.append(replace(client, A=A, B=B))
+        largest = max(largest, distance(oracle(moved), oracle(layer)))
+    return largest
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_any_valid_clients_give_the_oracles_matrix(name):
-    oracle = getattr(reference, name)
+    # Where entries are kept or dropped by size, rounding to float32 alone may decide; rounding to
+    # float64 does so too rarely to be found.
+    jumps = "density" in METHODS[name].options
+    dtypes = (torch.float64,) if jumps else (torch.float32, torch.float64)
 
-    @given(client_updates(layers=(2,), equal_ranks=not takes_mixed(name)))
+    @given(
+        client_updates(
+            layers=(2,),
+            equal_ranks=not takes_mixed(name),
+            common=common_of(name),
+            dtypes=dtypes,
+        )
+    )
     def check(updates):
-        result = aggregate(updates, name, **untruncated(name), **layer_by_layer(name))
+        known = {**untruncated(name), **layer_by_layer(name), **without_chance(name)}
+        result = run(updates, name, **known)
         clients = [
             Client(u.A.double().numpy(), u.B.double().numpy(), u.weight, u.scaling) for u in updates
         ]
         dtype = updates[0].A.dtype
+        oracle = oracle_of(name, dtype)
         assert result.A.dtype == dtype
         for index, layer, _ in by_layer(clients):
             expected = oracle(layer)
             gate = averaged_gate(dtype, layer) + shared_gate_of(dtype, layer)
+            moved = sensitivity(oracle, layer, dtype)
+            # Beside a jump of the method itself either side of it is right.
+            assume(moved <= 1e6 * gate)
+            gate += 10 * moved
             if dtype == torch.float32:
                 gate += UNDERFLOW
             assert distance(total(result)[index], expected) <= gate
@@ -92,11 +152,11 @@ def test_batched_equals_per_layer(name, dtype):
     # One layer in which all clients agree: its Gram matrix is singular, its neighbours' are not.
     for u in updates:
         r = u.A.shape[-2]
-        u.A[1, 0], u.B[1, 0] = updates[1].A[1, 0, :r], updates[1].B[1, 0, :, :r]
-    batched = aggregate(updates, name, **layer_by_layer(name)).total()
+        u.A[1, 0], u.B[1, 0] = updates[1].A[1, 0, :r], updates[1].B[1, 0, :, :r].clone()
+    batched = run(updates, name, **layer_by_layer(name), **streams(name, range(6))).total()
     for i, j in np.ndindex(3, 2):
         single = [ClientUpdate(u.A[i, j], u.B[i, j], None, u.weight, u.scaling) for u in updates]
-        alone = aggregate(single, name).total().dense()
+        alone = run(single, name, **streams(name, [2 * i + j])).total().dense()
         error = (batched.dense()[i, j] - alone).norm()
         # Both are within 10·max(out, in)·ε·S of the method's matrix; S is a few ‖W‖ here.
         assert error <= 20 * 13 * torch.finfo(dtype).eps * alone.norm()
@@ -108,7 +168,7 @@ def test_inputs_are_not_touched_and_no_gradient_is_recorded(name):
     for u in updates:
         u.A.requires_grad_(), u.B.requires_grad_()
     before = [(u.A.detach().clone(), u.B.detach().clone()) for u in updates]
-    result = aggregate(updates, name)
+    result = run(updates, name)
     assert not result.A.requires_grad
     assert not result.B.requires_grad
     for u, (A, B) in zip(updates, before, strict=True):
@@ -120,16 +180,16 @@ def test_inputs_are_not_touched_and_no_gradient_is_recorded(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_repeats_and_any_order_are_bit_equal_with_ids(name):
     updates = updates_for(name)
-    first = aggregate(updates, name)
-    assert same(first, aggregate(updates, name))
-    assert same(first, aggregate(updates[::-1], name))
+    first = run(updates, name)
+    assert same(first, run(updates, name))
+    assert same(first, run(updates[::-1], name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weight_zero_is_absent(name):
     updates = updates_for(name)
     extra = ClientUpdate(torch.ones(3, 11).double(), torch.ones(13, 3).double(), 3, 0.0, id="zz")
-    assert same(aggregate([*updates, extra], name), aggregate(updates, name))
+    assert same(run([*updates, extra], name), run(updates, name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -139,7 +199,7 @@ def test_half_precision_is_computed_in_float32(name, dtype):
     wide = [
         ClientUpdate(u.A.float(), u.B.float(), None, u.weight, u.scaling, id=u.id) for u in updates
     ]
-    found, expected = aggregate(updates, name), aggregate(wide, name)
+    found, expected = run(updates, name), run(wide, name)
     assert found.A.dtype == found.B.dtype == dtype
     assert torch.equal(found.A, expected.A.to(dtype))
     assert torch.equal(found.B, expected.B.to(dtype))
@@ -151,7 +211,7 @@ def test_numpy_in_numpy_out(name):
     arrays = [
         ClientUpdate(u.A.numpy(), u.B.numpy(), None, u.weight, u.scaling, id=u.id) for u in updates
     ]
-    found, expected = aggregate(arrays, name), aggregate(updates, name)
+    found, expected = run(arrays, name), run(updates, name)
     factors = [found.A, found.B]
     if found.residual is not None:
         factors += [found.residual.A, found.residual.B]
@@ -165,17 +225,22 @@ def test_numpy_in_numpy_out(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_updates_give_a_zero_result(name):
     updates = [ClientUpdate(u.A, torch.zeros_like(u.B), None, u.weight) for u in updates_for(name)]
-    result = aggregate(updates, name)
+    result = run(updates, name)
     assert float(result.total().dense().abs().max()) == 0
     assert bool(torch.isfinite(result.A).all())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_result_says_what_it_is(name):
-    result = aggregate(updates_for(name), name)
+    result = run(updates_for(name), name)
     assert isinstance(result, AggregationResult)
     assert result.rank == result.A.shape[-2] == result.B.shape[-1]
-    assert result.shared == {"A", "B"}
+    assert result.shared
+    assert result.shared <= {"A", "B"}
+    coming = {k: 2 if k == "round" else v for k, v in state_for(name).items()}
+    assert result.unscaled == METHODS[name].unscaled_factor(state_for(name))
+    assert result.next_unscaled == METHODS[name].unscaled_factor(coming)
+    assert result.slotted == (METHODS[name].claims.get("gauge") != {})
     assert "\n" not in repr(result)
     if result.singular_values is not None:
         S = result.singular_values
@@ -204,9 +269,9 @@ def test_no_loop_over_layers(name, dtype):
     counts = []
     for layers in (2, 40):
         updates = updates_for(name, layers=(layers,), dtype=dtype)
-        aggregate(updates, name)
+        run(updates, name)
         with CountOperations() as counter:
-            aggregate(updates, name)
+            run(updates, name)
         counts.append(counter.count)
     assert counts[0] == counts[1]
 
@@ -218,12 +283,17 @@ def test_no_loop_over_clients(name):
     counts = []
     for repeat in (1, 4, 7):
         g = torch.Generator().manual_seed(1)
-        updates = [
-            (torch.randn(r, 64, generator=g), torch.randn(64, r, generator=g))
-            for r in ranks * repeat
-        ]
+        updates = fitting(
+            name,
+            [
+                ClientUpdate(torch.randn(r, 64, generator=g), torch.randn(64, r, generator=g))
+                for r in ranks * repeat
+            ],
+        )
+        run(updates, name)  # what is allocated once is allocated now
+        state = state_for(name) | without_chance(name)
         with CountOperations() as everything:
-            aggregate(updates, name)
+            aggregate(updates, name, **state)
         with CountOperations() as door:
             collect(read_updates(updates)[0])
         counts.append(everything.count - door.count)
@@ -231,12 +301,14 @@ def test_no_loop_over_clients(name):
     assert counts[0] == counts[1] == counts[2] > 0
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if takes_mixed(n)])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if takes_mixed(n) and "generator" not in METHODS[n].needs]
+)
 def test_layers_of_one_signature_are_one_call(name):
     updates = updates_for(name)
     layers = {f"layer-{i}": updates for i in range(5)}
-    found = aggregate_layers(layers, name)
-    alone = aggregate(updates, name)
+    found = aggregate_layers(layers, name, **state_for(name))
+    alone = run(updates, name)
     assert list(found) == list(layers)
     for result in found.values():
         error = (result.total().dense() - alone.total().dense()).norm()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hetlora_agg import ClientUpdate, aggregate, distribute
+from hetlora_agg import METHODS, ClientUpdate, LowRank, aggregate, distribute
 from reference import (
     CASES,
     EQUAL_RANKS,
@@ -25,6 +25,7 @@ from reference import (
     mixing_of_stack,
     owners,
     padded,
+    previous_factors,
     slot_count,
     total,
 )
@@ -109,6 +110,14 @@ def test_3_replicate_equals_rbla_at_two_rank_levels_and_only_there():
 
 
 @pytest.mark.parametrize("case", [*CASES.values(), *SLOTS.values()], ids=[*CASES, *SLOTS])
+def test_4_rbla_hafl_and_plora_are_one_formula(case):
+    clients = cohort(case)
+    expected = run(clients, "rbla")
+    assert_same_update(run(clients, "hafl"), expected, clients)
+    assert_same_update(run(clients, "plora", weighting="examples"), expected, clients)
+
+
+@pytest.mark.parametrize("case", [*CASES.values(), *SLOTS.values()], ids=[*CASES, *SLOTS])
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -116,8 +125,12 @@ def test_3_replicate_equals_rbla_at_two_rank_levels_and_only_there():
         ("flexlora", {"rank": "full"}),
         ("flexlora", {"fold_rest": True}),
         ("fedex", {}),
+        ("ilora", {"rank": "full"}),
+        ("fedask", {"rank": "full"}),
+        ("glora", {"rank": "full"}),
+        ("fedhl", {"rank": "full", "weighting": "examples", "previous": None}),
     ],
-    ids=["flora", "flexlora", "fold_rest", "fedex"],
+    ids=["flora", "flexlora", "fold_rest", "fedex", "ilora", "fedask", "glora", "fedhl"],
 )
 def test_5_the_exact_methods_all_give_the_mean_of_the_updates(case, method, options):
     clients = cohort(case)
@@ -183,7 +196,15 @@ def test_the_bias_of_factor_means_has_its_closed_form(case):
 @pytest.mark.parametrize(
     "chain",
     [
-        [("fedit", {}), ("zeropad", {}), ("rbla", {}), ("replicate", {})],
+        [
+            ("fedit", {}),
+            ("zeropad", {}),
+            ("rbla", {}),
+            ("replicate", {}),
+            ("plora", {"weighting": "examples"}),
+            ("hafl", {}),
+            ("fedrot", {"previous": None, "round": 1}),
+        ],
         [("flexlora", {"rank": "full"}), ("rb", {"rank": "full"}), ("flora", {})],
     ],
     ids=["factor-space", "product-space"],
@@ -193,6 +214,17 @@ def test_8_equal_ranks_leave_one_method_per_space(case, chain):
     results = [run(clients, name, **options) for name, options in chain]
     for one, other in pairwise(results):
         assert_same_update(one, other, clients)
+
+
+def test_8_fedrot_of_strength_0_is_fedit():
+    case = EQUAL_RANKS["tall"]
+    clients = cohort(case)
+    last = LowRank(*(torch.from_numpy(X) for X in previous_factors(case, 4)))
+    for number in (1, 2):
+        rotated = run(clients, "fedrot", previous=last, round=number, strength=0.0)
+        assert_same_update(rotated, run(clients, "fedit"), clients)
+    turned = run(clients, "fedrot", previous=last, round=1, strength=1.0)
+    assert distance(turned, run(clients, "fedit")) > 1
 
 
 def test_8_the_two_spaces_differ_even_at_equal_ranks():
@@ -258,6 +290,9 @@ Q = np.array([1, 1, 0.9, 0.9, 0.4, 0.4, 0.4, 0.4])
 Q_UNIFORM = np.array([1, 1, 0.75, 0.75, 0.25, 0.25, 0.25, 0.25])
 SIGMA = np.array([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
 ONE = np.ones(8)
+# Σ over the owners of slot j of w_k, w_k ∝ ‖ΔW_k‖ = sqrt(Σ_{i ≤ r_k} σ_i²)
+NORMS = np.sqrt(np.cumsum(SIGMA**2))[np.array(IDLE_RANKS) - 1]
+NORM_SHARE = np.array([NORMS[np.array(IDLE_RANKS) > j].sum() for j in range(8)]) / NORMS.sum()
 
 
 def global_update(seed=11):
@@ -275,9 +310,12 @@ def idle_round(W, method, **options):
     whole = ClientUpdate(
         torch.from_numpy(root[:, None] * Vh[:8]), torch.from_numpy(U[:, :8] * root)
     )
-    held = distribute(aggregate([whole], "rb"), IDLE_RANKS)
+    last = aggregate([whole], "rb")
+    held = distribute(last, IDLE_RANKS)
     idle = [ClientUpdate(piece.A, piece.B, weight=n) for piece, n in zip(held, IDLE_N, strict=True)]
-    return run_updates(idle, method, **options)
+    known = {"previous": last, "generator": torch.Generator().manual_seed(0), "round": 1}
+    state = {name: known[name] for name in METHODS[method].needs}
+    return run_updates(idle, method, **(state | options))
 
 
 IDLE = [
@@ -298,7 +336,63 @@ IDLE = [
     # slots 5-8 have one owner
     ("rb", {"quorum": 2}, np.where(Q > 0.5, 1, 0)),
     ("rbla", {"quorum": 2}, np.where(Q > 0.5, 1, 0)),
+    ("fedrot", {}, Q**2),
+    ("fedrot", {"round": 2, "strength": 1.0}, Q**2),
+    ("fair", {"regularisation": 0.0}, Q),
+    ("fedask", {}, Q),
+    ("glora", {}, Q),
+    ("ffa", {}, Q),
+    ("rolora", {}, Q),
+    ("rolora", {"round": 2}, Q),
+    ("dare", {"drop": 0.0}, Q),
+    ("fedhl", {}, ONE),
+    ("fedhl", {"weighting": "examples"}, ONE),
+    ("plora", {}, ONE),
+    ("hafl", {}, ONE),
+    ("shared_a", {}, ONE),
+    ("fedsa", {}, ONE),
+    ("ties", {}, ONE),
+    # 4, 3 and 1 of the 4 clients own a slot: zeros are the majority in the last
+    ("median", {}, np.where(Q_UNIFORM > 0.5, 1, 0)),
+    ("trimmed_mean", {}, np.where(Q_UNIFORM > 0.5, 1, 0)),
 ]
+
+
+def test_7_every_method_has_its_idle_multiplier():
+    # a stack is never handed out; three have a test of their own below
+    assert {name for name, _, _ in IDLE} == set(METHODS) - {"flora", "ilora", "fedit", "hetlora"}
+
+
+def test_7_hetlora_shares_by_the_norms_of_the_pieces():
+    # of one round: the norms, and with them the multipliers, change from round to round
+    W, U, Vh = global_update()
+    expected = (U * SIGMA * NORM_SHARE**2) @ Vh
+    gate = recompressed_gate(F64, 12, 10, float(SIGMA.sum()))
+    assert distance(idle_round(W, "hetlora"), expected) <= gate
+
+
+def test_7_ilora_multiplies_the_rows_of_its_own_triangle():
+    W = global_update()[0]
+    Qr, T = np.linalg.qr(W)
+    pieces = [
+        ClientUpdate(torch.from_numpy(T[:r].copy()), torch.from_numpy(Qr[:, :r].copy()), weight=n)
+        for r, n in zip(IDLE_RANKS, IDLE_N, strict=True)
+    ]
+    expected = Qr[:, :8] @ (Q[:, None] * T[:8])
+    gate = recompressed_gate(F64, 12, 10, float(np.linalg.norm(W) * np.sqrt(8)))
+    assert distance(run_updates(pieces, "ilora"), expected) <= gate
+    start = LowRank(torch.from_numpy(T[:8].copy()), torch.from_numpy(Qr[:, :8].copy()))
+    assert np.linalg.norm(run_updates(pieces, "ilora", initial=start)) <= gate
+
+
+def test_7_an_idle_round_of_fedit():
+    W = global_update()[0]
+    U, sigma, Vh = np.linalg.svd(W)
+    piece = (
+        torch.from_numpy(np.sqrt(sigma[:8, None]) * Vh[:8]),
+        torch.from_numpy(U[:, :8] * np.sqrt(sigma[:8])),
+    )
+    assert distance(run_updates([piece, piece], "fedit"), W) <= recompressed_gate(F64, 12, 10, 36)
 
 
 @pytest.mark.parametrize("rounds", [1, 3])

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from hetlora_agg import METHODS, Components, InputTypeError, InputValueError, LowRank, method
+from hetlora_agg import (
+    CLIENTS,
+    METHODS,
+    Components,
+    InputTypeError,
+    InputValueError,
+    LowRank,
+    method,
+)
 from hetlora_agg.alignment import align
 from hetlora_agg.combining import average_factors, carry_over, carry_over_slots, stack
 from hetlora_agg.compression import compress, divide, truncate
@@ -239,6 +247,8 @@ def test_registration_is_checked():
     def rb(c):
         return c
 
+    with pytest.raises(InputValueError, match=r"unknown client 'trains'; known: \['alternate'"):
+        method(reference="arXiv:0000.00000", claims={}, client="trains")(rb)
     with pytest.raises(InputValueError, match="'rb' is registered already"):
         method(reference="arXiv:0000.00000", claims={})(rb)
     assert METHODS["rb"].run is not rb
@@ -257,6 +267,9 @@ def test_a_decorated_function_is_handed_back_untouched():
         assert entry.needs == ("needed",)
         assert entry.summary == "First line."
         assert entry.fidelity == ""
+        assert entry.describe()["client"] == CLIENTS["slice"]
+        assert entry.server == ()
+        assert entry.unscaled_factor({}) is None
         with pytest.raises(InputTypeError, match="needs needed="):
             check_options(entry, {})
         with pytest.raises(InputTypeError, match=r"unknown option .* 'chioce'; did you mean"):
@@ -338,3 +351,26 @@ def test_all_of_the_energy_is_all_that_is_there():
     assert compress(W, energy=1.0).rank == 3
     assert compress(W, 2, energy=1.0).rank == 2
     assert compress(W, energy=1 - 1e-5).rank == 1
+
+
+def test_what_a_method_says_of_itself():
+    known = METHODS["fedhl"].describe()
+    assert known["needs"] == ["previous"]
+    assert known["server"] == ["the last global factors (`previous=`)"]
+    assert METHODS["rb"].server == ("the last global factors (`previous=`), optional",)
+    assert METHODS["flora"].client == "restart"
+    assert METHODS["rolora"].unscaled_factor({"round": 1}) == "A"
+    assert METHODS["rolora"].unscaled_factor({"round": 2}) == "B"
+    assert METHODS["rb"].holds("gauge", {"align": "svd"})
+    assert not METHODS["rb"].holds("gauge", {})
+    for entry in METHODS.values():
+        described = entry.describe()
+        assert all(described[key] for key in ("summary", "formula", "cost", "fidelity")), entry.name
+        assert "Args" not in described["formula"]
+
+
+def test_a_missing_state_says_when_none_will_do():
+    with pytest.raises(
+        InputTypeError, match=r"needs previous= \(None in the first round\), round="
+    ):
+        check_options(METHODS["fedrot"], {})

@@ -2,7 +2,8 @@
 
 Five calls: `aggregate` one layer, `aggregate_layers` a model, `distribute` the result back to every
 client's rank, `diagnose` how far it is from the exact mean, `compare` methods. ``METHODS`` lists
-the methods; ``help(METHODS["rb"].run)`` shows one's formula and options.
+the methods; ``help(METHODS["rb"].run)`` shows one's formula and options. `align_rounds` writes a
+result in factors like last round's; ``hetlora_agg.clients`` has what some methods' clients do.
 """
 
 from hetlora_agg.aggregate import aggregate as aggregate
@@ -17,17 +18,20 @@ from hetlora_agg.errors import InputValueError as InputValueError
 from hetlora_agg.errors import MemoryLimitError as MemoryLimitError
 from hetlora_agg.layers import aggregate_layers as aggregate_layers
 from hetlora_agg.registry import CLAIMS as CLAIMS
+from hetlora_agg.registry import CLIENTS as CLIENTS
 from hetlora_agg.registry import METHODS as METHODS
 from hetlora_agg.registry import MethodEntry as MethodEntry
 from hetlora_agg.registry import method as method
 from hetlora_agg.reports import Comparison as Comparison
 from hetlora_agg.reports import Report as Report
+from hetlora_agg.rounds import align_rounds as align_rounds
 from hetlora_agg.types import AggregationResult as AggregationResult
 from hetlora_agg.types import ClientUpdate as ClientUpdate
 from hetlora_agg.types import LowRank as LowRank
 
 __all__ = [
     "CLAIMS",
+    "CLIENTS",
     "METHODS",
     "AggregationResult",
     "ClientUpdate",
@@ -42,6 +46,7 @@ __all__ = [
     "Report",
     "aggregate",
     "aggregate_layers",
+    "align_rounds",
     "compare",
     "diagnose",
     "distribute",

@@ -10,7 +10,7 @@ from hetlora_agg.budget import budget, check_resources
 from hetlora_agg.intake import collect
 from hetlora_agg.linalg import limited
 from hetlora_agg.registry import Run, check_options, resolve
-from hetlora_agg.running import Batch, run, to_numpy
+from hetlora_agg.running import Batch, folding_of, run, to_numpy
 from hetlora_agg.types import AggregationResult
 from hetlora_agg.validation import read_updates
 
@@ -68,5 +68,9 @@ def aggregate(
     read, numpy = read_updates(updates, max_rank=max_rank)
     _, for_svd = budget(memory_limit, {None: read}, None)
     with limited(workers, for_svd):
-        (result,) = run(entry, [Batch(collect(read), options)], on_bad_client)
+        (result,) = run(
+            entry,
+            [Batch(collect(read, folding=folding_of(entry, options)), options)],
+            on_bad_client,
+        )
     return to_numpy(result) if numpy else result

@@ -95,7 +95,7 @@ def fitting_state(name: str, state: Any, c: Components) -> LowRank | None:
 def as_state(state: Any, what: str, shape: tuple[int, ...]) -> LowRank:
     """A `LowRank`, or a nested result's factors, of the given dense shape and finite."""
     if isinstance(state, AggregationResult):
-        if not state.nested:
+        if not state.nested and not state.slotted:
             raise OptionValueError(
                 f"{what}: that result is not nested, so its components are not slots; pass the "
                 "factors that were distributed"

@@ -25,6 +25,21 @@ def average_factors(c: Components, share: Tensor) -> LowRank:
     return LowRank(slot @ (share.unsqueeze(-1) * c.A), (share.unsqueeze(-2) * c.B) @ slot.mT)
 
 
+def common_rows(c: Components) -> Tensor:
+    """The A that all clients share, ``(*layers, n_slots, in)``, bit for bit; 0 in empty slots."""
+    return _first_of_slot(c) @ c.A
+
+
+def common_columns(c: Components) -> Tensor:
+    """The B that all clients share, ``(*layers, out, n_slots)``, bit for bit; 0 in empty slots."""
+    return c.B @ _first_of_slot(c).mT
+
+
+def _first_of_slot(c: Components) -> Tensor:
+    """One-hot map from components to slots that takes the first client's only."""
+    return (c.slot * (c.slot.cumsum(-1) == 1)).to(c.A.dtype)
+
+
 def carry_over(
     combined: LowRank, c: Components, previous: LowRank | None, dropped: tuple[int, ...] = ()
 ) -> LowRank:

@@ -24,8 +24,8 @@ class Components:
         weight: ``(K,)`` float64, > 0.
         slots: the slot of each of the R components.
         ids: K client ids; a client without one is called by its position in the list.
-        statistic: this method's client statistic summed over all layers, ``(K,)`` or ``(K, K)``,
-            when ``aggregate`` or ``aggregate_layers`` has computed it.
+        statistic: this method's client statistics summed over all layers, each ``(K,)`` or
+            ``(K, K)``, when ``aggregate`` or ``aggregate_layers`` has computed them.
     """
 
     A: Tensor
@@ -34,7 +34,7 @@ class Components:
     weight: Tensor
     slots: tuple[int, ...]
     ids: tuple[Hashable, ...]
-    statistic: Tensor | None = None
+    statistic: tuple[Tensor, ...] | None = None
 
     @property
     def max_rank(self) -> int:

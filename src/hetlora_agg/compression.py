@@ -85,8 +85,13 @@ def _cap(rank: Rank, default: int | None, energy: float | None) -> int | None:
     """The rank to solve for; None is no truncation."""
     if energy is not None:
         as_fraction(energy, "energy=")
+    return as_rank(rank, default=default if energy is None else None)
+
+
+def as_rank(rank: Rank, *, default: int | None) -> int | None:
+    """The rank as an integer, or None for no truncation."""
     if rank is None:
-        return default if energy is None else None
+        return default
     if isinstance(rank, str):
         if rank != "full":
             raise OptionValueError(f"rank=: expected an integer, 'full' or None, got {rank!r}")

@@ -134,10 +134,14 @@ def compare(
         updates = list(updates)
         read_updates(updates)
     rows = tuple(_row(entry, updates, doors, options) for entry in entries)
-    reasons = {row.skipped for row in rows}
-    if len(rows) > 1 and len(reasons) == 1 and None not in reasons:
+    # Of those that were tried: whoever lacks its state has not seen the updates.
+    tried = [
+        row for entry, row in zip(entries, rows, strict=True) if set(entry.needs) <= set(options)
+    ]
+    reasons = {row.skipped for row in tried}
+    if len(tried) > 1 and len(reasons) == 1 and None not in reasons:
         # What every method refuses for one reason lies with the updates.
-        raise InputValueError(rows[0].skipped)
+        raise InputValueError(tried[0].skipped)
     return Comparison(rows)
 
 

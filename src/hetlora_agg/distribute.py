@@ -11,7 +11,7 @@ from torch import Tensor
 from hetlora_agg.checks import as_integer, as_list, as_number
 from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.linalg import all_finite
-from hetlora_agg.types import AggregationResult, LowRank
+from hetlora_agg.types import EXPONENTS, AggregationResult, LowRank
 
 
 def distribute(
@@ -23,7 +23,8 @@ def distribute(
 ) -> list[LowRank]:
     """Gives every client the leading components at its rank, its own scaling divided out.
 
-    Client k's effective update ``scalings[k] * B @ A`` is then the global one cut to its rank. An
+    Client k's effective update ``scalings[k] * B @ A`` is then the global one cut to its rank; a
+    factor that takes no scaling (``result.next_unscaled``) is handed out as it is. An
     empty slot, above the global rank or zero in both factors, is filled as PEFT initialises: a
     random row in A, a zero column in B, so that it adds nothing yet and still receives a gradient.
     Slot j is filled alike for all clients, so that they start from one A. The residual, if any, is
@@ -79,18 +80,29 @@ def distribute(
     if short and not result.nested:
         raise InputValueError(
             f"distribute: client {short[0]} asks for rank {ranks[short[0]]} of a result of rank "
-            f"{result.rank} whose leading components are not an answer; fold result.total() into "
-            "the base weight and restart the clients, or aggregate with a nested method such as "
-            "'flexlora'"
+            f"{result.rank} whose leading components are not an answer; {_remedy(result)}"
         )
     factors = result.factors.torch()
     rank = max(ranks, default=1)
     wide, carries = _filled(factors, rank, generator)
     handed = [
-        _cut(wide, carries, k, rank, scaling)
+        _cut(wide, carries, k, rank, scaling, result.next_unscaled)
         for k, (rank, scaling) in enumerate(zip(ranks, divisors, strict=True))
     ]
     return handed if isinstance(result.A, Tensor) else [low_rank.numpy() for low_rank in handed]
+
+
+def _remedy(result: AggregationResult) -> str:
+    """What to do with a result that cannot be sliced."""
+    if result.slotted:
+        return (
+            "its slots are of equal standing: hand out a choice of them with "
+            "clients.select_and_fold, or give every client all of them"
+        )
+    return (
+        "fold result.total() into the base weight and restart the clients "
+        "(clients.merge_and_restart), or aggregate with a nested method such as 'flexlora'"
+    )
 
 
 def _filled(
@@ -121,13 +133,21 @@ def _filled(
     return LowRank(torch.where(carries.unsqueeze(-1), A, fresh.to(A)), B), carries
 
 
-def _cut(wide: LowRank, carries: Tensor, k: int, rank: int, scaling: float) -> LowRank:
+def _cut(
+    wide: LowRank, carries: Tensor, k: int, rank: int, scaling: float, unscaled: str | None
+) -> LowRank:
     """The leading components, scaling divided out of those that carry an update."""
     # Division in float64: the root of a scaling may lie outside the dtype.
-    root = torch.tensor(math.sqrt(scaling), dtype=torch.float64, device=wide.A.device)
-    divisor = torch.where(carries[..., :rank], root, 1.0)
-    A = (wide.A[..., :rank, :] / divisor.unsqueeze(-1)).to(wide.A.dtype)
-    B = (wide.B[..., :rank] / divisor.unsqueeze(-2)).to(wide.B.dtype)
+    from_A, from_B = (
+        torch.where(
+            carries[..., :rank],
+            torch.tensor(scaling**exponent, dtype=torch.float64, device=wide.A.device),
+            1.0,
+        )
+        for exponent in EXPONENTS[unscaled]
+    )
+    A = (wide.A[..., :rank, :] / from_A.unsqueeze(-1)).to(wide.A.dtype)
+    B = (wide.B[..., :rank] / from_B.unsqueeze(-2)).to(wide.B.dtype)
     if not all_finite(A, B):
         raise InputValueError(
             f"distribute: client {k}: its scaling of {scaling:.3g} takes the factors beyond "

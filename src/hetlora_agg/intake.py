@@ -13,8 +13,26 @@ from torch import Tensor
 from hetlora_agg.components import Components
 from hetlora_agg.errors import ConvergenceError, InputTypeError, InputValueError
 from hetlora_agg.linalg import all_finite, cast_error, component_peaks
-from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank, result_of
+from hetlora_agg.types import EXPONENTS, AggregationResult, ClientUpdate, LowRank, result_of
 from hetlora_agg.validation import where
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Where the scaling goes.
+
+    Attributes:
+        unscaled: the factor that stays as sent; None folds the root of the scaling into both.
+        common: the unscaled factor must be one and the same on all clients.
+        method: who asks for it, for the error.
+    """
+
+    unscaled: str | None = None
+    common: bool = False
+    method: str = ""
+
+
+SYMMETRIC = Folding()
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +46,7 @@ class Intake:
         dtype: dtype of the result; float16 and bfloat16 are computed in float32.
         bad: clients with NaN or Inf, and where.
         notes: what was accepted but is worth knowing.
+        folding: the factor that took no scaling, and whether it must be common.
     """
 
     updates: Sequence[ClientUpdate]
@@ -36,6 +55,7 @@ class Intake:
     dtype: torch.dtype
     bad: dict[Hashable, str]
     notes: tuple[str, ...]
+    folding: Folding
 
     def components(self, without: frozenset[Hashable] = frozenset()) -> Components:
         """The participating clients' components: no padding, no weight 0, nobody left out."""
@@ -59,7 +79,7 @@ class Intake:
             index = torch.tensor(rows, device=A.device)
             A, B = A.index_select(-2, index), B.index_select(-1, index)
         weights = [update.weight for _, update in kept]
-        return Components(
+        c = Components(
             A=A,
             B=B,
             ranks=tuple(_rank(update) for _, update in kept),
@@ -67,6 +87,9 @@ class Intake:
             slots=tuple(slot for _, update in kept for slot in update.slots or ()),
             ids=tuple(name_of(k, update) for k, update in kept),
         )
+        if self.folding.common:
+            _check_common_factor(c, self.folding)
+        return c
 
     def finish(self, result: AggregationResult | LowRank, name: str) -> AggregationResult:
         """The method's result in the clients' dtype, checked to be finite."""
@@ -115,12 +138,17 @@ def name_of(position: int, update: ClientUpdate) -> Hashable:
     return position if update.id is None else update.id
 
 
-def collect(updates: Sequence[ClientUpdate], layers: Sequence[str] | None = None) -> Intake:
+def collect(
+    updates: Sequence[ClientUpdate],
+    layers: Sequence[str] | None = None,
+    folding: Folding = SYMMETRIC,
+) -> Intake:
     """Put checked updates side by side, fold the scaling in, look at every entry once.
 
     Args:
         updates: from `read_updates`; with ``layers``, stacked on a leading dimension.
         layers: names along the first leading dimension, for errors.
+        folding: where the scaling goes; by default the root of it into both factors.
 
     Raises:
         InputValueError: components under the declared rank that are not zero, or a product beyond
@@ -133,12 +161,15 @@ def collect(updates: Sequence[ClientUpdate], layers: Sequence[str] | None = None
     peaks_B, peaks_A = (peaks.double() for peaks in component_peaks(B, A))
     bad = _bad_clients(updates, A, B, peaks_A, peaks_B, layers)
     _check_padding(updates, peaks_A * peaks_B, layers)
-    root = _per_component(updates, [math.sqrt(u.scaling) for u in updates], A.device)
-    _check_range(updates, peaks_A, peaks_B, root, compute, layers)
+    # Into both factors alike: product-space methods do not mind, factor-space ones need it.
+    into_A, into_B = (
+        _per_component(updates, [u.scaling**exponent for u in updates], A.device)
+        for exponent in EXPONENTS[folding.unscaled]
+    )
+    _check_range(updates, peaks_A, peaks_B, into_A, into_B, compute, layers)
     if any(u.scaling != 1 for u in updates):
-        # Into both factors alike: product-space methods do not mind, factor-space ones need it.
         # In float64, since the root of a scaling may lie outside the dtype though A and B do not.
-        A, B = (A * root.unsqueeze(-1)).to(compute), (B * root).to(compute)
+        A, B = (A * into_A.unsqueeze(-1)).to(compute), (B * into_B).to(compute)
     size = min(B.shape[-2], A.shape[-1])
     notes = tuple(
         f"client {name_of(k, u)!r}: rank {_rank(u)} is above min(out, in) = {size}"
@@ -148,7 +179,7 @@ def collect(updates: Sequence[ClientUpdate], layers: Sequence[str] | None = None
     # Views into what was put side by side: nobody's tensors, nor a stack of them, are held on to.
     rows = [u.A.shape[-2] for u in updates]
     pieces = zip(updates, torch.split(A, rows, -2), torch.split(B, rows, -1), strict=True)
-    return Intake([replace(u, A=a, B=b) for u, a, b in pieces], A, B, dtype, bad, notes)
+    return Intake([replace(u, A=a, B=b) for u, a, b in pieces], A, B, dtype, bad, notes, folding)
 
 
 def _rank(update: ClientUpdate) -> int:
@@ -225,7 +256,8 @@ def _check_range(
     updates: Sequence[ClientUpdate],
     peaks_A: Tensor,
     peaks_B: Tensor,
-    root: Tensor,
+    into_A: Tensor,
+    into_B: Tensor,
     compute: torch.dtype,
     layers: Sequence[str] | None,
 ) -> None:
@@ -233,7 +265,7 @@ def _check_range(
     largest = torch.finfo(compute).max
     # In logarithms: the product itself may leave float64. NaN and Inf were reported already.
     finite = torch.isfinite(peaks_A) & torch.isfinite(peaks_B)
-    log_A, log_B = (peaks.log2() + root.log2() for peaks in (peaks_A, peaks_B))
+    log_A, log_B = peaks_A.log2() + into_A.log2(), peaks_B.log2() + into_B.log2()
     exceeds = torch.maximum(torch.maximum(log_A, log_B), log_A + log_B) > math.log2(largest)
     failing = finite & exceeds
     if bool(failing.any()):
@@ -241,4 +273,21 @@ def _check_range(
         raise InputValueError(
             f"{where(k, updates[k].id, layer)}component {component} of scaling * B @ A exceeds "
             f"{largest:.3g}, the largest {compute}; scale the update down or pass float64"
+        )
+
+
+def _check_common_factor(c: Components, folding: Folding) -> None:
+    """Every client's component in a slot must have the row of A (column of B) of the first's."""
+    factor = f"lora_{folding.unscaled}"
+    X = c.A if folding.unscaled == "A" else c.B.mT
+    first = [c.slots.index(slot) for slot in c.slots]
+    # One number per component, read once: which one differs, if any.
+    same = X == X.index_select(-2, torch.tensor(first, device=X.device))
+    odd = (~same.all(-1)).reshape(-1, len(first)).any(0).nonzero().flatten().tolist()
+    if odd:
+        own, other = (c.ids[int(c.client[i])] for i in (odd[0], first[odd[0]]))
+        raise InputValueError(
+            f"method {folding.method!r}: client {own!r}: {factor} in slot {c.slots[odd[0]]} is not "
+            f"that of client {other!r}; expected one {factor} on all clients, frozen while they "
+            "train; freeze it, or use a method that averages both, such as 'rb' or 'zeropad'"
         )

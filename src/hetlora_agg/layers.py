@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.intake import collect, name_of
 from hetlora_agg.linalg import limited
 from hetlora_agg.registry import Run, check_options, resolve
-from hetlora_agg.running import Batch, run, to_numpy
+from hetlora_agg.running import Batch, folding_of, run, to_numpy
 from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank
 from hetlora_agg.validation import id_order, read_updates
 
@@ -55,7 +56,8 @@ def aggregate_layers(
         on_bad_client: "error", or "drop" to leave out clients with NaN or Inf in any layer.
         max_rank: refuse clients that declare more, one number or one by client id.
         **options: the method's own; per-layer state, such as ``previous=``, is a mapping by layer
-            name (last round's return value will do).
+            name (last round's return value will do). From a ``generator=`` every layer gets a
+            stream of its own, in the order of the mapping.
 
     Returns:
         Layer name -> `AggregationResult`, in the order given.
@@ -84,15 +86,17 @@ def aggregate_layers(
                 f"{name}=: expected a mapping by layer name, got one {type(value).__name__}"
             )
     read, numpy = read_layers(layers, missing, max_rank)
-    state = {k: v for k, v in options.items() if isinstance(v, Mapping)}
-    plain = {k: v for k, v in options.items() if k not in state}
-    stacked_state = {k: _layer_state(k, v, read) for k, v in state.items()}
+    state = {k: _layer_state(k, v, read) for k, v in options.items() if isinstance(v, Mapping)}
+    streams = {k: _children(v, read) for k, v in options.items() if isinstance(v, torch.Generator)}
+    plain = {k: v for k, v in options.items() if k not in state and k not in streams}
+    folding = folding_of(entry, plain)
     max_group, for_svd = budget(memory_limit, read, max_group)
     names: list[list[str]] = []
     batches: list[Batch] = []
-    for group, stacked, own in _grouped(read, stacked_state, max_group):
+    for group, stacked, own in _grouped(read, state, max_group):
         names.append(group)
-        batches.append(Batch(collect(stacked, group), {**plain, **own}))
+        drawn = {k: [g for name in group for g in s[name]] for k, s in streams.items()}
+        batches.append(Batch(collect(stacked, group, folding), {**plain, **own, **drawn}))
         # Or the last group's stack would be held through the whole call.
         del stacked
     results: dict[str, AggregationResult] = {}
@@ -180,6 +184,21 @@ def _layer_state(option: str, given: Mapping[str, Any], layers: Layers) -> dict[
         shape = (*first.B.shape[:-1], first.A.shape[-1])
         state[layer] = as_state(given[layer], f"{option}=, layer {layer!r}", shape)
     return state
+
+
+def _children(generator: torch.Generator, layers: Layers) -> dict[str, list[torch.Generator]]:
+    """Independent streams for every layer, one per matrix, seeded in the order of the layers.
+
+    What a layer draws then depends on neither the grouping nor the layers after it.
+    """
+    children = {}
+    for name, updates in layers.items():
+        seeds = [
+            int(torch.randint(2**62, (), generator=generator, device=generator.device))
+            for _ in range(math.prod(updates[0].A.shape[:-2]))
+        ]
+        children[name] = [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+    return children
 
 
 def _grouped(

@@ -84,7 +84,7 @@ def plot_simulation(results: SimulationResult | Mapping[str, Runs]) -> Figure:
     figure = figure_type(figsize=(11, height), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_accuracy(left, _curves(runs, "accuracy", first_round=0))
-    _draw_distance(right, _curves(runs, "distance", first_round=1))
+    _draw_noise(right, _curves(runs, "aggregation_noise", first_round=1))
     first = next(iter(runs.values()))
     settings, ranks = first[0].settings, ", ".join(map(str, first[0].settings.ranks))
     figure.suptitle(
@@ -220,7 +220,7 @@ def _draw_accuracy(axes: Axes, curves: Sequence[Curve]) -> None:
     _name_lines(axes, curves)
 
 
-def _draw_distance(axes: Axes, curves: Sequence[Curve]) -> None:
+def _draw_noise(axes: Axes, curves: Sequence[Curve]) -> None:
     """Log scale; what is only rounding is drawn on a line of its own at the bottom."""
     measured = np.concatenate([*(curve.y[curve.y > EXACT] for curve in curves), [0.1, 1.0]])
     floor = 10 ** (np.floor(np.log10(measured.min())) - 0.5)

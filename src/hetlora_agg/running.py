@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ import torch
 from hetlora_agg.checks import check_choice
 from hetlora_agg.components import Components
 from hetlora_agg.errors import InputValueError
-from hetlora_agg.intake import Intake
+from hetlora_agg.intake import Folding, Intake
 from hetlora_agg.linalg import exact_arithmetic
-from hetlora_agg.registry import MethodEntry
+from hetlora_agg.registry import MethodEntry, named_in
 from hetlora_agg.types import AggregationResult, LowRank
 from hetlora_agg.weighting import over_all_layers
 
@@ -38,10 +39,29 @@ def run(
     results = []
     with exact_arithmetic(batches[0].intake.A.device.type):
         components = [batch.intake.components(frozenset(bad)) for batch in batches]
-        for batch, c in zip(batches, _with_statistic(entry, components), strict=True):
+        ready = _with_statistic(entry, components, [batch.options for batch in batches])
+        for batch, c in zip(batches, ready, strict=True):
             result = batch.intake.finish(entry.run(c, **batch.options), entry.name)
-            results.append(replace(result, excluded=tuple(bad.items())))
+            results.append(
+                replace(
+                    result,
+                    excluded=tuple(bad.items()),
+                    slotted=not entry.holds("gauge", batch.options),
+                    unscaled=batch.intake.folding.unscaled,
+                    next_unscaled=entry.unscaled_factor(_next_round(batch.options)),
+                )
+            )
     return results
+
+
+def folding_of(entry: MethodEntry, options: Mapping[str, Any]) -> Folding:
+    """Where the method wants the scaling."""
+    return Folding(entry.unscaled_factor(options), entry.common, entry.name)
+
+
+def _next_round(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options as they will be when the clients come back with what they are handed now."""
+    return {**options, "round": int(options["round"]) + 1} if "round" in options else options
 
 
 def to_numpy(result: AggregationResult) -> AggregationResult:
@@ -75,22 +95,36 @@ def _verdict(intakes: Sequence[Intake], on_bad_client: str) -> dict[Hashable, st
     return bad
 
 
-def _with_statistic(entry: MethodEntry, components: list[Components]) -> list[Components]:
-    """Each batch with the method's client statistic summed over all batches."""
+def _with_statistic(
+    entry: MethodEntry, components: list[Components], options: Sequence[Mapping[str, Any]]
+) -> list[Components]:
+    """Each batch with the method's client statistics summed over all batches."""
     if entry.statistic is None:
         return components
     position = {id: i for i, id in enumerate(dict.fromkeys(id for c in components for id in c.ids))}
-    parts = [over_all_layers(c, entry.statistic) for c in components]
-    places = [
-        torch.tensor([position[id] for id in c.ids], device=parts[0].device) for c in components
+    parts = [
+        over_all_layers(c, partial(entry.statistic, **named_in(entry.statistic, own)))
+        for c, own in zip(components, options, strict=True)
     ]
-    total = parts[0].new_zeros((len(position),) * parts[0].dim())
-    for part, at in zip(parts, places, strict=True):
-        total[_block(at, part.dim())] += part.to(total.device)
+    places = [torch.tensor([position[id] for id in c.ids], device=c.A.device) for c in components]
+    totals = [_total(column, places, len(position)) for column in zip(*parts, strict=True)]
     return [
-        replace(c, statistic=total[_block(at, total.dim())].to(c.A.device))
+        replace(
+            c,
+            statistic=tuple(total.to(c.A.device)[_block(at, total.dim())] for total in totals),
+        )
         for c, at in zip(components, places, strict=True)
     ]
+
+
+def _total(
+    parts: Sequence[torch.Tensor], places: Sequence[torch.Tensor], clients: int
+) -> torch.Tensor:
+    """A statistic added up over batches, each of which may lack some clients."""
+    total = parts[0].new_zeros((clients,) * parts[0].dim())
+    for part, at in zip(parts, places, strict=True):
+        total[_block(at.to(total.device), part.dim())] += part.to(total.device)
+    return total
 
 
 def _block(at: torch.Tensor, dims: int) -> tuple[torch.Tensor, ...]:

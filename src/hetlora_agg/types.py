@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,13 @@ from hetlora_agg.errors import InputValueError
 from hetlora_agg.linalg import Certificate, as_dtype
 
 BOTH = frozenset({"A", "B"})
+
+EXPONENTS: Mapping[str | None, tuple[float, float]] = {
+    None: (0.5, 0.5),
+    "A": (0.0, 1.0),
+    "B": (1.0, 0.0),
+}
+"""Unscaled factor -> the powers of the scaling that go into A and into B."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -192,6 +199,11 @@ class AggregationResult:
         notes: what was accepted but is worth knowing, in words; usually empty.
         ranks: components kept per layer when ``energy=`` chose them, ``(*layers,)``, else None.
         certificate: driver, discarded tail and fallbacks of the SVD, where one was taken.
+        slotted: slot j means one and the same component on every client, and the next round
+            depends on it; False for methods that give the same whatever a client's gauge.
+        unscaled: the factor that took no scaling in this round, or None.
+        next_unscaled: the one that takes none in the next round, which `distribute` therefore hands
+            out as it is. Another one only where clients train A and B in turns.
     """
 
     factors: LowRank
@@ -204,6 +216,9 @@ class AggregationResult:
     notes: tuple[str, ...] = ()
     ranks: Tensor | None = None
     certificate: Certificate | None = None
+    slotted: bool = True
+    unscaled: str | None = None
+    next_unscaled: str | None = None
 
     @property
     def A(self) -> Tensor:

@@ -6,7 +6,8 @@ A mass is ``(K,)`` or ``(*layers, K)`` float64, a share ``(R,)`` or ``(*layers, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from hetlora_agg.checks import as_fraction, as_integer, as_number
 from hetlora_agg.components import Components
 from hetlora_agg.errors import InputValueError
 from hetlora_agg.linalg import component_peaks, squared_norms
+from hetlora_agg.registry import Statistic
 
 
 def examples(c: Components) -> Tensor:
@@ -27,6 +29,12 @@ def uniform(c: Components) -> Tensor:
     return torch.ones_like(c.weight)
 
 
+WEIGHTINGS: Mapping[str, Callable[[Components], Tensor]] = MappingProxyType(
+    {"examples": examples, "uniform": uniform}
+)
+"""The masses that methods offer by name."""
+
+
 def layer_update_norm(c: Components) -> Tensor:
     """Mass: ``‖ΔW_k‖_F`` of each layer apart, ``(*layers, K)``."""
     return client_squared_norms(c).sqrt()
@@ -34,7 +42,8 @@ def layer_update_norm(c: Components) -> Tensor:
 
 def update_norm(c: Components) -> Tensor:
     """Mass: ``‖ΔW_k‖_F`` over all layers together, ``(K,)``."""
-    return over_all_layers(c, client_squared_norms).sqrt()
+    (squares,) = over_all_layers(c, client_squared_norms)
+    return squares.sqrt()
 
 
 def client_squared_norms(c: Components) -> Tensor:
@@ -64,11 +73,13 @@ def _check_squares(c: Components, squares: Tensor) -> None:
         )
 
 
-def over_all_layers(c: Components, statistic: Callable[[Components], Tensor]) -> Tensor:
-    """A client statistic summed over every layer: the given total, or this batch's own."""
+def over_all_layers(c: Components, statistic: Statistic) -> tuple[Tensor, ...]:
+    """Client statistics summed over every layer: the given totals, or this batch's own."""
     if c.statistic is not None:
         return c.statistic
-    return sum_over_layers(statistic(c), len(c.layers))
+    own = statistic(c)
+    parts = own if isinstance(own, tuple) else (own,)
+    return tuple(sum_over_layers(part, len(c.layers)) for part in parts)
 
 
 def sum_over_layers(value: Tensor, layers: int) -> Tensor:
@@ -84,10 +95,15 @@ def client_share(c: Components, mass: Tensor, total: float | None = None) -> Ten
     """
     if total is not None:
         return (mass / as_number(total, "total", zero=False))[..., c.client]
+    return normalised(mass)[..., c.client]
+
+
+def normalised(mass: Tensor) -> Tensor:
+    """``m_k / Σ m`` for every client, ``(*layers or (), K)``; equal if all are zero."""
     # Over the largest first, so that 1e308 does not overflow the sum nor 5e-324 vanish in it.
     top = mass.amax(-1, keepdim=True)
     relative = torch.where(top > 0, mass / top, 1.0)
-    return (relative / relative.sum(-1, keepdim=True))[..., c.client]
+    return relative / relative.sum(-1, keepdim=True)
 
 
 def slot_share(

@@ -17,6 +17,7 @@ from hetlora_agg.weighting import client_share, examples
         "gauge": {},
         "zero_component": {},
     },
+    client="restart",
 )
 def flora(c: Components) -> AggregationResult:
     """Stacks all clients' components: the exact mean of the updates, at rank ``Σ r_k``.

@@ -20,6 +20,7 @@ from hetlora_agg.weighting import (
         "zero_component": {},
     },
     statistic=client_squared_norms,
+    client="prune",
 )
 def hetlora(c: Components, *, per_layer: bool = False) -> AggregationResult:
     """Averages zero-padded factors, each client weighted by the Frobenius norm of its update.

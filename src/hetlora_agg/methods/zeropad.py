@@ -5,9 +5,7 @@ from hetlora_agg.combining import average_factors
 from hetlora_agg.components import Components
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
-from hetlora_agg.weighting import client_share, examples, uniform
-
-MASSES = {"examples": examples, "uniform": uniform}
+from hetlora_agg.weighting import WEIGHTINGS, client_share
 
 
 @method(
@@ -50,5 +48,5 @@ def zeropad(c: Components, *, weighting: str = "examples") -> AggregationResult:
 
     Deviations: none.
     """
-    check_choice("weighting", weighting, sorted(MASSES))
-    return result_of(average_factors(c, client_share(c, MASSES[weighting](c))))
+    check_choice("weighting", weighting, sorted(WEIGHTINGS))
+    return result_of(average_factors(c, client_share(c, WEIGHTINGS[weighting](c))))

@@ -1,16 +1,18 @@
 """The reference simulator: a federation of LoRA clients on real digits, small enough to read.
 
-`simulate` runs one method, `simulate_many` several on the same data, start and client splits.
+`simulate` runs one method, `simulate_many` several on the same data, start and client splits. Every
+method's clients do what belongs to it: `SIDES`.
 """
 
 from hetlora_agg.simulate.data import dirichlet_split as dirichlet_split
 from hetlora_agg.simulate.data import load_digits as load_digits
 from hetlora_agg.simulate.federation import Federation as Federation
 from hetlora_agg.simulate.federation import build_federation as build_federation
-from hetlora_agg.simulate.federation import run as run
+from hetlora_agg.simulate.loop import run as run
 from hetlora_agg.simulate.report import record_of as record_of
 from hetlora_agg.simulate.report import table_of as table_of
 from hetlora_agg.simulate.result import Settings as Settings
 from hetlora_agg.simulate.result import SimulationResult as SimulationResult
 from hetlora_agg.simulate.runs import simulate as simulate
 from hetlora_agg.simulate.runs import simulate_many as simulate_many
+from hetlora_agg.simulate.sides import SIDES as SIDES

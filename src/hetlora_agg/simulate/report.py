@@ -11,7 +11,7 @@ import torch
 from hetlora_agg import __version__
 from hetlora_agg.simulate.result import SimulationResult
 
-FORMAT = "hetlora_agg.simulation/1"
+FORMAT = "hetlora_agg.simulation/2"
 
 
 def record_of(runs: Mapping[str, Sequence[SimulationResult]]) -> dict[str, Any]:
@@ -22,9 +22,10 @@ def record_of(runs: Mapping[str, Sequence[SimulationResult]]) -> dict[str, Any]:
 
     Returns:
         `format`, `versions`, `settings`, `seeds`, `start_accuracy` (None if nothing ran),
-        `methods` (label -> `accuracy` after the last round, `distance` from the exact mean
-        averaged over the rounds, `seconds`, `runs`) and `skipped` (label -> reason). A method that
-        was skipped for one seed is skipped.
+        `methods` (label -> `accuracy` after the last round, `aggregation_noise` and
+        `initialisation_noise` averaged over the rounds, `energy_ratio` and `effective_rank` after
+        the last round, `seconds`, `runs`) and `skipped` (label -> reason). A method that was
+        skipped for one seed is skipped.
     """
     skipped = {
         label: next(result.skipped for result in results if result.skipped is not None)
@@ -45,7 +46,14 @@ def record_of(runs: Mapping[str, Sequence[SimulationResult]]) -> dict[str, Any]:
         "methods": {
             label: {
                 "accuracy": _spread(result.accuracy[-1] for result in results),
-                "distance": _spread(statistics.fmean(result.distance) for result in results),
+                **{
+                    name: _spread(statistics.fmean(getattr(result, name)) for result in results)
+                    for name in ("aggregation_noise", "initialisation_noise")
+                },
+                **{
+                    name: _spread(getattr(result, name)[-1] for result in results)
+                    for name in ("energy_ratio", "effective_rank")
+                },
                 "seconds": _spread(result.seconds for result in results),
                 "runs": [result.to_dict() for result in results],
             }
@@ -61,19 +69,27 @@ def table_of(record: Mapping[str, Any]) -> str:
     if record["methods"]:
         width = max(map(len, ["(start)", *record["methods"]]))
         lines += [
-            f"{'method':{width}}  accuracy  {'seeds from-to':>13}  distance from exact  seconds",
+            f"{'method':{width}}  accuracy  {'seeds from-to':>13}  aggregation noise  "
+            "initialisation noise  energy ratio  seconds",
             f"{'(start)':{width}}  {_accuracy(record['start_accuracy'])}",
         ]
         best_first = sorted(record["methods"].items(), key=lambda row: -row[1]["accuracy"]["mean"])
         lines += [
-            f"{label:{width}}  {_accuracy(row['accuracy'])}  {row['distance']['mean']:19.2g}  "
+            f"{label:{width}}  {_accuracy(row['accuracy'])}  "
+            f"{row['aggregation_noise']['mean']:17.2g}  "
+            f"{row['initialisation_noise']['mean']:20.2g}  {row['energy_ratio']['mean']:12.2f}  "
             f"{row['seconds']['mean']:7.1f}"
             for label, row in best_first
         ]
         lines += [
             "Accuracy on test digits after the last round, mean over seeds "
-            f"{', '.join(map(str, record['seeds']))}; relative",
-            "distance of the total update from the exact mean of the updates, mean over rounds.",
+            f"{', '.join(map(str, record['seeds']))}. Aggregation noise:",
+            "relative distance of the total update from the exact mean of the updates, mean over "
+            "rounds.",
+            "Initialisation noise: relative distance of the models clients start from to the "
+            "global one, mean",
+            "over rounds. Energy ratio: share of the last update within the smallest client rank; "
+            "1 is collapse.",
         ]
     return "\n".join(
         lines + [f"skipped {label}: {reason}" for label, reason in record["skipped"].items()]

@@ -8,14 +8,8 @@ from inspect import signature
 from typing import Any
 
 from hetlora_agg import METHODS, HetLoRAError, InputTypeError, InputValueError, aggregate_layers
-from hetlora_agg.simulate.federation import (
-    Method,
-    Progress,
-    build_federation,
-    label_of,
-    options_of,
-    run,
-)
+from hetlora_agg.simulate.federation import build_federation
+from hetlora_agg.simulate.loop import Method, Progress, entry_of, run
 from hetlora_agg.simulate.result import Settings, SimulationResult
 
 # Keywords that aggregate_layers takes whatever the method.
@@ -37,15 +31,18 @@ def simulate(
     lora_alpha: float = Settings.lora_alpha,
     learning_rate: float = Settings.learning_rate,
     seed: int = Settings.seed,
+    cohorts: Sequence[Sequence[int]] | None = Settings.cohorts,
     progress: Progress | None = None,
     **options: Any,
 ) -> SimulationResult:
     """Train a federation of LoRA clients on real digits and record how one method does.
 
     A small network is pre-trained on the digits 0-4; clients with different ranks and skewed
-    labels adapt it to all ten. Each round the participants train what `distribute` hands them,
-    `aggregate_layers` combines their updates, and the residual, if any, is folded into the base
-    weight. A result that is not nested is folded whole, and clients start afresh.
+    labels adapt it to all ten. Each round the participants train as the method's clients do
+    (`METHODS[name].client`, explained in `CLIENTS`), `aggregate_layers` combines their updates, and
+    the residual, if any, is folded into the base weight. Clients of a function that is not
+    registered train what `distribute` hands them; a result that is not nested is folded whole, and
+    they start afresh.
 
     Args:
         method: a name in `METHODS` or a function of `Components`.
@@ -54,12 +51,14 @@ def simulate(
         local_epochs: passes each client makes over its own examples per round.
         dirichlet: label skew; small values give clients few classes each.
         participation: share of the clients that take part in a round.
+        cohorts: who takes part, clients by number for every round; None draws them.
         lora_alpha: a client's scaling is `lora_alpha / rank`.
         learning_rate: of the clients' Adam.
         seed: of everything random; equal seeds give equal results.
         progress: called after every round as `progress(label, round, accuracy)`.
-        **options: for `aggregate_layers` and the method. `levels` and `previous` are supplied by
-            the simulator to methods that have them.
+        **options: for `aggregate_layers` and the method. The simulator supplies what only
+            it knows to methods that have it: `levels`, `round`, `generator`, `previous`,
+            `initial`.
 
     Raises:
         HetLoRAError: a setting or option is wrong, or the method refuses these clients.
@@ -79,6 +78,7 @@ def simulate(
         lora_alpha,
         learning_rate,
         seed,
+        None if cohorts is None else tuple(map(tuple, cohorts)),
     )
     return run(build_federation(settings), method, progress=progress, **options)
 
@@ -107,14 +107,14 @@ def simulate_many(
 
     Example:
         >>> results = simulate_many(["flora", "fedit"], ranks=(2, 4), rounds=1)
-        >>> results["flora"].distance[0] < 1e-5, results["fedit"].skipped is None
+        >>> results["flora"].aggregation_noise[0] < 1e-5, results["fedit"].skipped is None
         (True, False)
     """
     chosen = _labelled(list(METHODS) if methods is None else methods)
     names = {item.name for item in fields(Settings)}
     settings = Settings(**{key: value for key, value in keywords.items() if key in names})
     options = {key: value for key, value in keywords.items() if key not in names}
-    accepted = {label: options_of(method) | _COMMON for label, method in chosen.items()}
+    accepted = {label: _COMMON.union(entry_of(method).options) for label, method in chosen.items()}
     unknown = sorted(set(options).difference(*accepted.values()))
     if unknown:
         raise InputTypeError(
@@ -137,7 +137,7 @@ def _labelled(methods: Iterable[Method] | Mapping[str, Method]) -> dict[str, Met
     if isinstance(methods, Mapping):
         return dict(methods)
     chosen = list(methods)
-    labels = [label_of(method) for method in chosen]
+    labels = [entry_of(method).name for method in chosen]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise InputValueError(

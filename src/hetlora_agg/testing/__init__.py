@@ -26,6 +26,7 @@ def check_aggregator(
     out_features: int = 9,
     in_features: int = 8,
     rtol: float = RTOL,
+    common: str | None = None,
 ) -> None:
     """Tries to refute each claim on fixed float64 clients; silent if it cannot.
 
@@ -34,12 +35,14 @@ def check_aggregator(
 
     Args:
         aggregator: takes a list of `ClientUpdate` (float64 tensors, mixed scalings and weights) and
-            returns an `AggregationResult`, a `LowRank`, a pair ``(A, B)`` or a dense matrix.
+            returns an `AggregationResult`, a `LowRank`, a pair ``(A, B)`` or a dense matrix. If it
+            has a parameter ``previous``, an idle round is given the result before it.
         claims: names from ``hetlora_agg.CLAIMS``.
         ranks: the clients' ranks; one to five clients.
         out_features: rows of the matrices.
         in_features: columns of the matrices.
         rtol: largest error accepted, relative to ``Σ p_k ‖B_k‖‖A_k‖``.
+        common: "A" or "B" for clients that all have the leading slots of one such factor.
 
     Raises:
         Refuted: (an AssertionError) which claim does not hold, on what clients, by how much.
@@ -65,7 +68,7 @@ def check_aggregator(
     for claim in claims:
         if claim not in THEOREMS:
             raise InputValueError(unknown_name("claim", claim, THEOREMS))
-        THEOREMS[claim](Trial(aggregator, ranks, out_features, in_features, rtol))
+        THEOREMS[claim](Trial(aggregator, ranks, out_features, in_features, rtol, common))
 
 
 def parametrize_with_checks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ def client_updates(
     layers: tuple[int, ...] = (),
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64),
     equal_ranks: bool = False,
+    common: str | None = None,
 ) -> SearchStrategy[list[ClientUpdate]]:
     """A hypothesis strategy of lists of valid `ClientUpdate`s that fit together.
 
@@ -35,6 +37,7 @@ def client_updates(
         layers: leading dimensions of all factors.
         dtypes: one is drawn for all clients.
         equal_ranks: one rank for all.
+        common: "A" or "B" for clients that all have the leading slots of one such factor.
 
     Example:
         >>> from hypothesis import given
@@ -65,6 +68,11 @@ def client_updates(
             size = 10.0 ** draw(st.integers(-2, 2))
             weight, scaling = draw(st.integers(1, 5000)), 2.0 ** draw(st.integers(-3, 3))
             updates.append(ClientUpdate(A.to(dtype), (size * B).to(dtype), r, weight, scaling))
+        widest = max(updates, key=lambda u: u.A.shape[-2])
+        if common == "A":
+            return [replace(u, A=widest.A[..., : u.rank, :]) for u in updates]
+        if common == "B":
+            return [replace(u, B=widest.B[..., : u.rank]) for u in updates]
         return updates
 
     return draw_updates()

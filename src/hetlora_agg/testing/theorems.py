@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.testing.trial import Inapplicable, Refuted, Trial
-from hetlora_agg.types import AggregationResult, ClientUpdate
+from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank
 
 
 def mixed_ranks(trial: Trial) -> None:
@@ -54,12 +54,12 @@ def statistical(trial: Trial) -> None:
     sizes = [1.0 + k / 2 for k in range(K)]
     runs = [
         trial.agreeing(
-            [b + s * c * e for s, c in zip(signs, sizes, strict=True)],
-            [a + s / c * f for s, c in zip(signs, sizes, strict=True)],
+            [trial.noisy(b, s * c * e, "B") for s, c in zip(signs, sizes, strict=True)],
+            [trial.noisy(a, s / c * f, "A") for s, c in zip(signs, sizes, strict=True)],
         )
         for signs in product((-1, 1), repeat=K)
     ]
-    _expect_mean(trial, "statistical", runs, b @ a + e @ f)
+    _expect_mean(trial, "statistical", runs, b @ a + (e @ f if trial.common is None else 0))
 
 
 def statistical_uncorrelated(trial: Trial) -> None:
@@ -70,8 +70,8 @@ def statistical_uncorrelated(trial: Trial) -> None:
     f = [trial.randn(r, trial.columns) / 2 for _ in range(K)]
     runs = [
         trial.agreeing(
-            [b + s * x for s, x in zip(signs[:K], e, strict=True)],
-            [a + s * y for s, y in zip(signs[K:], f, strict=True)],
+            [trial.noisy(b, s * x, "B") for s, x in zip(signs[:K], e, strict=True)],
+            [trial.noisy(a, s * y, "A") for s, y in zip(signs[K:], f, strict=True)],
         )
         for signs in product((-1, 1), repeat=2 * K)
     ]
@@ -118,13 +118,15 @@ def orthogonal(trial: Trial) -> None:
     """``U B_k, A_k V`` for orthogonal U, V gives ``U W V``."""
     updates = trial.generic()
     U, V = trial.orthogonal(trial.out), trial.orthogonal(trial.columns)
-    turned = [replace(u, A=u.A @ V, B=U @ u.B) for u in updates]
+    # A product of fewer rows need not round as one of more: what is common is made so again.
+    turned = trial.sharing([replace(u, A=u.A @ V, B=U @ u.B) for u in updates])
     expected = U @ trial.total(updates) @ V
     trial.expect("orthogonal", "inputs and outputs turned", trial.total(turned), expected, updates)
 
 
 def transpose(trial: Trial) -> None:
     """``A_kᵀ, B_kᵀ`` in place of ``B_k, A_k`` gives ``Wᵀ``."""
+    _needs_free_factors(trial, "transpose")
     updates = trial.generic()
     turned = [replace(u, A=u.B.mT, B=u.A.mT) for u in updates]
     expected = trial.total(updates).mT
@@ -140,6 +142,7 @@ def single_client(trial: Trial) -> None:
 
 def gauge(trial: Trial) -> None:
     """``B_k G_k, G_k⁻¹ A_k`` for invertible G_k changes nothing."""
+    _needs_free_factors(trial, "gauge")
     updates = trial.generic()
     mixed = []
     for u in updates:
@@ -158,9 +161,15 @@ def zero_component(trial: Trial) -> None:
     updates = trial.generic()
     found = trial.total(updates)
     for k, u in enumerate(updates):
-        A = torch.cat([u.A, u.A.new_zeros(1, trial.columns)])
-        B = torch.cat([u.B, u.B.new_zeros(trial.out, 1)], dim=-1)
-        longer = [*updates[:k], replace(u, A=A, B=B, rank=(u.rank or 0) + 1), *updates[k + 1 :]]
+        r = u.A.shape[-2]
+        row, column = u.A.new_zeros(1, trial.columns), u.B.new_zeros(trial.out, 1)
+        # Where a factor is common, its next slot cannot be zero: the other one is.
+        if trial.common == "A":
+            row = torch.cat([trial.largest(updates).A, row])[r : r + 1]
+        if trial.common == "B":
+            column = torch.cat([trial.largest(updates).B, column], dim=-1)[:, r : r + 1]
+        A, B = torch.cat([u.A, row]), torch.cat([u.B, column], dim=-1)
+        longer = [*updates[:k], replace(u, A=A, B=B, rank=r + 1), *updates[k + 1 :]]
         case = f"client {k} with a zero component"
         trial.expect("zero_component", case, trial.total(longer), found, updates)
 
@@ -180,19 +189,31 @@ def idle_coverage_squared(trial: Trial) -> None:
     _idle(trial, "idle_coverage_squared", lambda q: q**2)
 
 
+def _needs_free_factors(trial: Trial, claim: str) -> None:
+    """Some claims change what a common factor may not."""
+    if trial.common is not None:
+        raise Inapplicable(claim, f"{trial.common} is one and the same on all clients")
+
+
 def _idle(trial: Trial, claim: str, multiplier: Callable[[Tensor], Tensor]) -> None:
-    """Every client sends back the leading components of an ordered SVD as it received them."""
+    """Every client sends back the leading slots of a global result as it received them."""
     r, K, q = max(trial.ranks), len(trial.ranks), trial.coverage()
     if claim != "idle_kept" and bool((q == 1).all()):
         raise Inapplicable(claim, "every slot is owned by all clients, pass mixed ranks")
     U, V = trial.orthogonal(trial.out)[:, :r], trial.orthogonal(trial.columns)[:r]
     # Far enough apart that the multipliers, all in (0, 1], do not change the order.
     S = 100.0 ** -torch.arange(r, dtype=torch.float64)
-    updates = trial.agreeing([U * S.sqrt()] * K, [S.sqrt()[:, None] * V] * K)
-    result = trial.aggregator(updates)
-    if isinstance(result, AggregationResult) and not result.nested:
-        raise Inapplicable(claim, "the result is not nested, clients cannot be handed a slice")
-    found = trial.total(updates)
+    # The global result of an earlier round: what the aggregator makes of one client with it all.
+    last = LowRank(S.sqrt()[:, None] * V, U * S.sqrt())
+    result = trial.run([ClientUpdate(last.A, last.B, r, 1.0)])
+    if isinstance(result, AggregationResult):
+        if not result.nested and not result.slotted:
+            raise Inapplicable(claim, "the result is not nested, clients cannot be handed a slice")
+        result = result.factors
+    if isinstance(result, LowRank):
+        last = result
+    updates = trial.agreeing([last.B] * K, [last.A] * K)
+    found = trial.total(updates, last)
     trial.expect(claim, "an idle round", found, (U * (S * multiplier(q))) @ V, updates)
 
 

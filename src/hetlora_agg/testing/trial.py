@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from hetlora_agg.errors import InputValueError
 from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank
 
-Aggregator = Callable[[list[ClientUpdate]], Any]
+Aggregator = Callable[..., Any]
 
 WEIGHTS = (5.0, 10.0, 15.0, 20.0, 40.0)
 SCALINGS = (1.0, 2.0, 0.5, 4.0, 1.0)
@@ -39,17 +41,26 @@ class Trial:
         ranks: the clients' ranks, at most five.
         out: rows of the matrices.
         columns: columns of the matrices.
+        common: the factor that is one and the same on all clients, "A", "B" or None.
     """
 
     def __init__(
-        self, aggregator: Aggregator, ranks: Sequence[int], out: int, columns: int, rtol: float
+        self,
+        aggregator: Aggregator,
+        ranks: Sequence[int],
+        out: int,
+        columns: int,
+        rtol: float,
+        common: str | None = None,
     ) -> None:
         if not 1 <= len(ranks) <= len(WEIGHTS) or max(ranks) > min(out, columns):
             raise InputValueError(
                 f"check_aggregator: expected 1 to {len(WEIGHTS)} ranks of at most "
                 f"{min(out, columns)}, got {list(ranks)}"
             )
-        self.aggregator, self.rtol = aggregator, rtol
+        if common not in (None, "A", "B"):
+            raise InputValueError(f"check_aggregator: common: expected 'A' or 'B', got {common!r}")
+        self.aggregator, self.rtol, self.common = aggregator, rtol, common
         self.ranks, self.out, self.columns = list(ranks), out, columns
         self._generator = torch.Generator().manual_seed(20260)
 
@@ -64,10 +75,25 @@ class Trial:
 
     def generic(self) -> list[ClientUpdate]:
         """Clients with random factors and different weights and scalings."""
-        return [
-            ClientUpdate(self.randn(r, self.columns), self.randn(self.out, r), r, n, s)
-            for r, n, s in zip(self.ranks, WEIGHTS, SCALINGS, strict=False)
-        ]
+        return self.sharing(
+            [
+                ClientUpdate(self.randn(r, self.columns), self.randn(self.out, r), r, n, s)
+                for r, n, s in zip(self.ranks, WEIGHTS, SCALINGS, strict=False)
+            ]
+        )
+
+    def sharing(self, updates: list[ClientUpdate]) -> list[ClientUpdate]:
+        """The clients with the leading slots of one common factor, that of the largest."""
+        largest = self.largest(updates)
+        if self.common == "A":
+            return [replace(u, A=largest.A[: u.rank]) for u in updates]
+        if self.common == "B":
+            return [replace(u, B=largest.B[:, : u.rank]) for u in updates]
+        return updates
+
+    def largest(self, updates: list[ClientUpdate]) -> ClientUpdate:
+        """The first client of the largest rank."""
+        return max(updates, key=lambda u: u.rank or 0)
 
     def agreeing(self, B: Sequence[Tensor], A: Sequence[Tensor]) -> list[ClientUpdate]:
         """Clients that send the leading columns and rows of their own ``B_k`` and ``A_k``."""
@@ -76,6 +102,10 @@ class Trial:
             for b, a, r, n in zip(B, A, self.ranks, WEIGHTS, strict=False)
         ]
 
+    def noisy(self, X: Tensor, noise: Tensor, factor: str) -> Tensor:
+        """``X + noise``, or X itself where the factor is common: a frozen factor has no noise."""
+        return X if factor == self.common else X + noise
+
     def coverage(self) -> Tensor:
         """``q_j`` of every slot: the part of all weight that owns it."""
         weight = torch.tensor(WEIGHTS[: len(self.ranks)], dtype=torch.float64)
@@ -83,16 +113,21 @@ class Trial:
         owns = slots[:, None] < torch.tensor(self.ranks)
         return (owns * weight).sum(-1) / weight.sum()
 
-    def total(self, updates: list[ClientUpdate]) -> Tensor:
+    def total(self, updates: list[ClientUpdate], previous: LowRank | None = None) -> Tensor:
         """What the aggregator makes of these clients, dense, ``(out, columns)`` float64."""
-        result = self.aggregator(updates)
+        result = self.run(updates, previous)
         if isinstance(result, AggregationResult):
             result = result.total()
-        if isinstance(result, tuple) and len(result) == 2:
-            result = LowRank(*result)
         if isinstance(result, LowRank):
             result = result.dense()
         return torch.as_tensor(result).detach().double()
+
+    def run(self, updates: list[ClientUpdate], previous: LowRank | None = None) -> Any:
+        """What the aggregator returns; one with a parameter ``previous`` is given that too."""
+        takes = "previous" in inspect.signature(self.aggregator).parameters
+        state = {"previous": previous} if takes and previous is not None else {}
+        result = self.aggregator(updates, **state)
+        return LowRank(*result) if isinstance(result, tuple) and len(result) == 2 else result
 
     def expect(
         self, claim: str, case: str, found: Tensor, expected: Tensor, updates: list[ClientUpdate]

@@ -1,0 +1,54 @@
+"""`ffa`: mean of B under a frozen, common A, FFA-LoRA."""
+
+from hetlora_agg.combining import average_factors, common_rows
+from hetlora_agg.components import Components
+from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.types import AggregationResult, LowRank, result_of
+from hetlora_agg.weighting import client_share, examples
+
+
+@method(
+    reference="arXiv:2403.12313",
+    claims={k: v for k, v in SYMMETRIC.items() if k != "transpose"}
+    | {
+        "mixed_ranks": {},
+        "exact": {},
+        "split_client": {},
+        "zero_component": {},
+        "idle_coverage": {},
+    },
+    client="train_B",
+    unscaled="A",
+    common=True,
+)
+def ffa(c: Components) -> AggregationResult:
+    """Averages zero-padded B's under an A that is common to all clients and never trained.
+
+    ``B_g = Σ p_k pad(B_k)``, ``A_g = A``: then ``B_g A = Σ p_k B_k A_k`` exactly.
+
+    Args:
+        c: clients with one A, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
+
+    Returns:
+        The common A and the averaged B; only B replaces the clients' (``shared == {"B"}``).
+
+    Raises:
+        InputValueError: A's of a slot that differ.
+
+    Cost: ``out R n_slots`` multiply-adds.
+
+    Example:
+        >>> from torch import eye, ones
+        >>> from hetlora_agg import aggregate
+        >>> small, large = (eye(2)[:1], ones(2, 1)), (eye(2), 3 * ones(2, 2))
+        >>> aggregate([small, large], "ffa").B[0]
+        tensor([2.0000, 1.5000])
+
+    Reference: FFA-LoRA, Sun, Li, Li, Ding, ICLR 2024, arXiv:2403.12313.
+
+    Fidelity: PAPER for equal ranks; OURS for mixed ranks (zero-padding).
+
+    Deviations: weighted by examples. The scaling goes whole into B, or A would not be common.
+    """
+    B = average_factors(c, client_share(c, examples(c))).B
+    return result_of(LowRank(common_rows(c), B), shared=frozenset("B"))

@@ -1,0 +1,166 @@
+"""The federated loop: hand out, train, aggregate, absorb, evaluate; the same for every method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from hetlora_agg import (
+    METHODS,
+    AggregationResult,
+    ClientUpdate,
+    InputValueError,
+    MethodEntry,
+    aggregate_layers,
+)
+from hetlora_agg.simulate.federation import Federation, Results, Server, Stream
+from hetlora_agg.simulate.local import Start, train_adapter
+from hetlora_agg.simulate.measures import Measures, initialisation_noise, measure
+from hetlora_agg.simulate.network import Training, accuracy, fold, layer_ranks
+from hetlora_agg.simulate.result import SimulationResult
+from hetlora_agg.simulate.sides import SIDES, Slice
+
+Method = str | Callable[..., AggregationResult]
+Progress = Callable[[str, int, float], None]
+"""Called after every round with the method's label, the round and the accuracy."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What happened in one round.
+
+    Attributes:
+        starts: what each client of the cohort started from.
+        updates: what they sent, by layer.
+        results: what the method made of it, by layer.
+        measures: what is to be said about it.
+        server: the global model after it.
+    """
+
+    starts: Sequence[Start]
+    updates: Mapping[str, Sequence[ClientUpdate]]
+    results: Results
+    measures: Measures
+    server: Server
+
+
+def run(
+    federation: Federation,
+    method: Method,
+    *,
+    label: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> SimulationResult:
+    """All rounds of one method in a federation that is ready; see `simulate`."""
+    entry = entry_of(method)
+    label = label or entry.name
+    side = SIDES[entry.client](federation, entry)
+    server = Server(federation.network, federation.network)
+    scores = [accuracy(server.whole, federation.test)]
+    measures: list[Measures] = []
+    began = time.perf_counter()
+    for number, cohort in enumerate(federation.cohorts, start=1):
+        played = play(side, server, cohort, number, options)
+        server = played.server
+        measures.append(played.measures)
+        scores.append(accuracy(server.whole, federation.test))
+        if progress is not None:
+            progress(label, number, scores[-1])
+    rows = [asdict(row) for row in measures]
+    columns: dict[str, Any] = {name: tuple(row[name] for row in rows) for name in rows[0]}
+    return SimulationResult(
+        label,
+        federation.settings,
+        tuple(scores),
+        participants=federation.cohorts,
+        seconds=time.perf_counter() - began,
+        **columns,
+    )
+
+
+def play(
+    side: Slice,
+    server: Server,
+    cohort: Sequence[int],
+    number: int,
+    options: Mapping[str, Any] | None = None,
+) -> Round:
+    """One round of the side's method.
+
+    Args:
+        side: the method's clients, with what they remember.
+        server: the global model before the round.
+        cohort: the clients that take part.
+        number: of the round, from 1.
+        options: of the caller's, before those that the simulator supplies.
+    """
+    federation, entry = side.federation, side.entry
+    starts = side.starts(server, cohort, number)
+    weights = [len(federation.clients[client]) for client in cohort]
+    noise = initialisation_noise(starts, weights, server.whole, federation.network)
+    updates = local_updates(side, starts, cohort, number)
+    known = supplied(side, server, cohort, number) | dict(options or {})
+    results = aggregate_layers(updates, entry.run, **known)
+    totals = {name: result.total() for name, result in results.items()}
+    changes = side.changes(updates, starts, number)
+    measures = measure(changes, results, min(federation.settings.ranks), noise)
+    after = side.absorb(server, results, fold(server.network, totals))
+    return Round(starts, updates, results, measures, after)
+
+
+def local_updates(
+    side: Slice, starts: Sequence[Start], cohort: Sequence[int], number: int
+) -> dict[str, list[ClientUpdate]]:
+    """One round of local training: the cohort's updates, by layer."""
+    federation, settings = side.federation, side.federation.settings
+    training = Training(settings.local_epochs, settings.learning_rate)
+    updates: dict[str, list[ClientUpdate]] = {name: [] for name in federation.network}
+    for client, start in zip(cohort, starts, strict=True):
+        trained = train_adapter(
+            start,
+            federation.clients[client],
+            training,
+            federation.generator(Stream.TRAIN, number - 1, client),
+            side.rules(client, start, number),
+        )
+        for name, update in side.send(client, start, trained, number).items():
+            updates[name].append(update)
+    return updates
+
+
+def supplied(side: Slice, server: Server, cohort: Sequence[int], number: int) -> dict[str, Any]:
+    """The options that only the federation knows, for a method that has them."""
+    federation = side.federation
+    levels = {
+        rank
+        for own in federation.settings.ranks
+        for rank in layer_ranks(federation.network, own).values()
+    }
+    known = {
+        "levels": tuple(sorted(levels)),
+        "round": number,
+        "generator": federation.generator(Stream.METHOD, number - 1),
+        **side.options(server, cohort, number),
+    }
+    return {name: value for name, value in known.items() if name in side.entry.options}
+
+
+def entry_of(method: Method) -> MethodEntry:
+    """What is known of a method; a function that is not registered has clients that slice.
+
+    Raises:
+        InputValueError: no method has this name.
+    """
+    if not isinstance(method, str):
+        known = next((entry for entry in METHODS.values() if entry.run is method), None)
+        name = getattr(method, "__name__", "method")
+        return known or MethodEntry(name, method, "", {})
+    if method not in METHODS:
+        near = get_close_matches(method, METHODS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputValueError(f"unknown method {method!r}; {hint}known: {sorted(METHODS)}")
+    return METHODS[method]
