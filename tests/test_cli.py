@@ -37,10 +37,16 @@ def test_methods_lists_every_method_with_claims_options_and_source(capsys):
     text = capsys.readouterr().out
     blocks = {line.split()[0] for line in text.splitlines() if not line.startswith(" ")}
     assert blocks == set(METHODS)
+    flowing = " ".join(text.split())
     for entry in METHODS.values():
-        assert entry.summary in text
-        assert entry.reference in text
-    assert "statistical (rank=full)" in " ".join(text.split())
+        known = entry.describe()
+        assert known["summary"] in text
+        for key in ("formula", "client", "cost", "fidelity", "reference"):
+            assert " ".join(known[key].split()) in flowing, (entry.name, key)
+        for kept in known["server"]:
+            assert kept in flowing
+    assert "statistical (rank=full)" in flowing
+    assert "generator (needed)" in flowing
     assert max(map(len, text.splitlines())) <= 120
 
 
@@ -50,6 +56,14 @@ def test_methods_as_json(capsys):
     assert set(rows) == set(METHODS)
     assert rows["flora"]["claims"]["exact"] == {}
     assert set(rows["rb"]["options"]) == set(METHODS["rb"].options)
+
+
+def test_methods_by_name(capsys):
+    assert main(["methods", "rb", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row == json.loads(json.dumps(METHODS["rb"].describe()))
+    assert main(["methods", "rbb"]) == 2
+    assert "unknown method 'rbb'; did you mean 'rb'? known: ['dare'" in error_of(capsys)
 
 
 def test_the_module_runs_as_a_process():
@@ -97,7 +111,7 @@ def test_simulate_writes_json_and_picture_next_to_each_other(tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["simulation.json", "simulation.png"]
     assert (out / "simulation.png").read_bytes().startswith(PNG)
     record = json.loads((out / "simulation.json").read_text())
-    assert record["format"] == "hetlora_agg.simulation/1"
+    assert record["format"] == "hetlora_agg.simulation/2"
     assert record["versions"]["hetlora_agg"] == __version__
     assert record["seeds"] == [0, 1]
     assert record["settings"] == {
@@ -108,13 +122,14 @@ def test_simulate_writes_json_and_picture_next_to_each_other(tmp_path, capsys):
         "participation": 1.0,
         "lora_alpha": 16.0,
         "learning_rate": 0.01,
+        "cohorts": None,
     }
     assert list(record["skipped"]) == ["fedit"]
     assert list(record["methods"]) == ["rb", "zeropad"]
     for row in record["methods"].values():
         assert row["accuracy"]["min"] <= row["accuracy"]["mean"] <= row["accuracy"]["max"]
         assert [len(single["accuracy"]) for single in row["runs"]] == [3, 3]
-        assert [len(single["distance"]) for single in row["runs"]] == [2, 2]
+        assert [len(single["aggregation_noise"]) for single in row["runs"]] == [2, 2]
     assert str(out / "simulation.png") in capsys.readouterr().err
 
 
@@ -218,7 +233,7 @@ def test_an_interrupt_is_one_line(capsys, monkeypatch):
     def interrupted(*args, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hetlora_agg.cli.simulate_many", interrupted)
+    monkeypatch.setattr("hetlora_agg.cli.simulating.simulate_many", interrupted)
     assert main([*QUICK, "--methods", "rb"]) == 130
     assert "interrupted" in error_of(capsys)
 
@@ -238,7 +253,7 @@ def test_the_picture_is_drawn_from_what_was_run(tmp_path, monkeypatch):
         drawn.append({name: len(results) for name, results in runs.items()})
         return plot_simulation(runs)
 
-    monkeypatch.setattr("hetlora_agg.cli.plot_simulation", watched)
+    monkeypatch.setattr("hetlora_agg.cli.simulating.plot_simulation", watched)
     main([*QUICK, "--methods", "rb,flora", "--seeds", "0,1", "--out", str(tmp_path)])
     assert drawn == [{"rb": 2, "flora": 2}]
 

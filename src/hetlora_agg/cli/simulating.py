@@ -1,8 +1,4 @@
-"""The command line `hetlora-agg`: the one module that prints.
-
-Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 the command
-was written wrongly, 130 interrupted.
-"""
+"""`hetlora-agg simulate`: every method in a small federation, for every seed."""
 
 from __future__ import annotations
 
@@ -12,14 +8,13 @@ import json
 import os
 import shutil
 import sys
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 
-from hetlora_agg import METHODS, HetLoRAError, __version__
+from hetlora_agg import METHODS
+from hetlora_agg.cli.errors import Failure
 from hetlora_agg.plotting import plot_simulation, require_matplotlib
 from hetlora_agg.simulate import (
     Settings,
@@ -29,115 +24,9 @@ from hetlora_agg.simulate import (
     table_of,
 )
 
-PROGRAM = "hetlora-agg"
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
-
-class Failure(Exception):
-    """The command was understood and could not be carried out."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on `argv` (None: the process's own) and return the exit code."""
-    try:
-        arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
-        sys.stdout.flush()
-    except HetLoRAError as error:
-        return _complain(error, USAGE)
-    except BrokenPipeError:
-        # The reader, `head` say, has seen enough; Python would complain again on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except (Failure, ImportError, OSError) as error:
-        return _complain(error, FAILED)
-    except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
-    return 0
-
-
-def _complain(message: object, code: int) -> int:
-    print(f"{PROGRAM}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    return code
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.exit(_complain(f"{message}; see {self.prog} --help", USAGE))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, description="Aggregate LoRA updates of different ranks.")
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_methods(commands.add_parser("methods", help="list the aggregation methods"))
-    _add_simulate(
-        commands.add_parser(
-            "simulate",
-            help="train a small federation on real digits and compare methods",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-    )
-    return parser
-
-
-# ---- methods -------------------------------------------------------------------------------------
-
-
-def _add_methods(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_methods)
-
-
-def _methods(arguments: argparse.Namespace) -> None:
-    """Print every method: what it is, what it claims, its options, its source."""
-    if arguments.json:
-        rows = [
-            {
-                "name": entry.name,
-                "summary": entry.summary,
-                "claims": {claim: dict(options) for claim, options in entry.claims.items()},
-                "options": list(entry.options),
-                "reference": entry.reference,
-                "fidelity": entry.fidelity,
-            }
-            for entry in METHODS.values()
-        ]
-        print(json.dumps(rows, indent=2))
-        return
-    columns = max(60, shutil.get_terminal_size(fallback=(100, 24)).columns)
-    width = max(len(name) for name in METHODS)
-    for entry in METHODS.values():
-        print(f"{entry.name:{width}}  {entry.summary}")
-        for title, items in (
-            ("claims", [_claim(*claim) for claim in entry.claims.items()]),
-            ("options", entry.options),
-            ("source", [entry.reference]),
-        ):
-            margin = f"{'':{width}}  {title:9}"
-            print(
-                textwrap.fill(
-                    ", ".join(items) or "none",
-                    columns,
-                    initial_indent=margin,
-                    subsequent_indent=" " * len(margin),
-                    break_on_hyphens=False,
-                )
-            )
-
-
-def _claim(claim: str, options: Mapping[str, Any]) -> str:
-    """`claim`, or `claim (option=value)` where it holds under an option only."""
-    needed = ", ".join(f"{name}={value}" for name, value in options.items())
-    return f"{claim} ({needed})" if needed else claim
-
-
-# ---- simulate ------------------------------------------------------------------------------------
-
-
-def _add_simulate(parser: argparse.ArgumentParser) -> None:
+def add_simulate(parser: argparse.ArgumentParser) -> None:
+    """Give the subcommand its options."""
     add = parser.add_argument
     ranks = ",".join(map(str, Settings.ranks))
     add("--methods", default="all", help="names separated by commas, or all")

@@ -1,0 +1,67 @@
+"""The command line `hetlora-agg`: the one package that prints.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 the command
+was written wrongly, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from hetlora_agg import HetLoRAError, __version__
+from hetlora_agg.cli.errors import Failure
+from hetlora_agg.cli.listing import add_methods
+from hetlora_agg.cli.simulating import add_simulate
+
+PROGRAM = "hetlora-agg"
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on `argv` (None: the process's own) and return the exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except HetLoRAError as error:
+        return _complain(error, USAGE)
+    except BrokenPipeError:
+        # The reader, `head` say, has seen enough; Python would complain again on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (Failure, ImportError, OSError) as error:
+        return _complain(error, FAILED)
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    return 0
+
+
+def _complain(message: object, code: int) -> int:
+    print(f"{PROGRAM}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_complain(f"{message}; see {self.prog} --help", USAGE))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog=PROGRAM, description="Aggregate LoRA updates of different ranks.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add_methods(commands.add_parser("methods", help="list the aggregation methods"))
+    add_simulate(
+        commands.add_parser(
+            "simulate",
+            help="train a small federation on real digits and compare methods",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+    )
+    return parser
