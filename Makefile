@@ -47,6 +47,7 @@ bench-full: $(VENV)/.bench
 # Every number in README.md and docs/, then the tables themselves.
 results: bench-full $(VENV)/.demo
 	$(BIN)/hetlora-agg simulate --methods all --out benchmarks/results --force
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_theory
 	$(BIN)/python docs/tables.py
 
 tables: $(VENV)/.test

@@ -20,11 +20,11 @@ PROJECT = Path(__file__).parent.parent
 # Run as a script, only docs/ is on the path.
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks import report, report_kernel  # noqa: E402
+from benchmarks import report, report_kernel, report_theory  # noqa: E402
 from benchmarks.report import markdown  # noqa: E402
 
 RESULTS = PROJECT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/methods.md", "docs/performance.md")
+PAGES = ("README.md", "docs/methods.md", "docs/performance.md", "docs/theory.md")
 
 
 def claim(entry: Any, name: str) -> str:
@@ -108,6 +108,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f.__name__: f for f in (methods, sides, method_cards, simulation)},
     **report.TABLES,
     **report_kernel.TABLES,
+    **report_theory.TABLES,
 }
 
 

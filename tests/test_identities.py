@@ -358,11 +358,6 @@ IDLE = [
 ]
 
 
-def test_7_every_method_has_its_idle_multiplier():
-    # a stack is never handed out; three have a test of their own below
-    assert {name for name, _, _ in IDLE} == set(METHODS) - {"flora", "ilora", "fedit", "hetlora"}
-
-
 def test_7_hetlora_shares_by_the_norms_of_the_pieces():
     # of one round: the norms, and with them the multipliers, change from round to round
     W, U, Vh = global_update()

@@ -16,3 +16,10 @@ from hetlora_agg.simulate.result import SimulationResult as SimulationResult
 from hetlora_agg.simulate.runs import simulate as simulate
 from hetlora_agg.simulate.runs import simulate_many as simulate_many
 from hetlora_agg.simulate.sides import SIDES as SIDES
+from hetlora_agg.simulate.theory import Collapse as Collapse
+from hetlora_agg.simulate.theory import IdleRecursion as IdleRecursion
+from hetlora_agg.simulate.theory import Rescue as Rescue
+from hetlora_agg.simulate.theory import StrongAndWeak as StrongAndWeak
+from hetlora_agg.simulate.theory import collapse_in_training as collapse_in_training
+from hetlora_agg.simulate.theory import dilution_and_rescue as dilution_and_rescue
+from hetlora_agg.simulate.theory import idle_recursion as idle_recursion
