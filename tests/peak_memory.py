@@ -7,6 +7,7 @@ import ctypes
 import gc
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from hetlora_agg import METHODS, HetLoRAError, aggregate_layers
 from hetlora_agg.budget import budget, copy_bytes
 from hetlora_agg.linalg import predicted_bytes, svd_product
 from hetlora_agg.validation import read_updates
+from states import fitting, run_layers, state_for
 
 
 def resident(field):
@@ -80,21 +82,24 @@ def methods():
     layers = {str(i): [client(r) for r in ranks] for i in range(8)}
     read = {name: read_updates(updates, name)[0] for name, updates in layers.items()}
     copy = copy_bytes(read["0"])
-    limit = next(n for n in range(copy, 1000 * copy, copy // 4) if _fits(n, read))
     found = {}
-    for name in METHODS:
+    for name, entry in METHODS.items():
         try:
-            aggregate_layers({"0": layers["0"]}, name)
+            run_layers({"0": layers["0"]}, name)
         except HetLoRAError:
-            continue  # needs state
-        call = lambda name=name: aggregate_layers(layers, name, memory_limit=limit)  # noqa: E731
+            continue  # equal ranks only
+        steps = range(copy, 1000 * copy, copy // 4)
+        limit = next(n for n in steps if _fits(n, read, entry.workspace))
+        given = {n: fitting(name, u) for n, u in layers.items()}
+        options = state_for(name)
+        call = partial(aggregate_layers, given, name, memory_limit=limit, **options)
         found[name] = [peak_of(call), limit]
     return found
 
 
-def _fits(limit, read):
+def _fits(limit, read, workspace):
     try:
-        budget(limit, read, None)
+        budget(limit, read, None, workspace)
     except HetLoRAError:
         return False
     return True

@@ -66,7 +66,7 @@ def aggregate(
     check_options(entry, options)
     check_resources(workers, memory_limit)
     read, numpy = read_updates(updates, max_rank=max_rank)
-    _, for_svd = budget(memory_limit, {None: read}, None)
+    _, for_svd = budget(memory_limit, {None: read}, None, entry.workspace)
     with limited(workers, for_svd):
         (result,) = run(
             entry,

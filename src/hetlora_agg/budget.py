@@ -12,7 +12,7 @@ the SVD's own copies are `linalg.predicted_bytes`. Most methods stay well under 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -49,8 +49,11 @@ def budget(
     memory_limit: int | None,
     layers: Mapping[Any, Sequence[ClientUpdate]],
     max_group: int | None,
+    workspace: Callable[[int, int, Sequence[int]], int] | None = None,
 ) -> Budget:
     """How to keep a call within ``memory_limit`` bytes.
+
+    ``workspace`` is what the method says it needs per layer (`MethodEntry.workspace`).
 
     Raises:
         MemoryLimitError: not even one layer at a time fits.
@@ -61,19 +64,23 @@ def budget(
     kept = KEPT_COPIES * sum(copies.values())
     largest = max(copies, key=lambda layer: copies[layer])
     solving = max(_solving_bytes(updates) for updates in layers.values())
-    room = (memory_limit - kept - solving) // (GROUP_COPIES * copies[largest])
+    each = max(
+        GROUP_COPIES * copies[layer] + _method_bytes(updates, workspace)
+        for layer, updates in layers.items()
+    )
+    room = (memory_limit - kept - solving) // each
     if room < 1:
-        needed = kept + solving + GROUP_COPIES * copies[largest]
+        needed = kept + solving + each
         at = "" if largest is None else f" (the largest is {largest!r})"
         raise MemoryLimitError(
             f"memory_limit={memory_limit:.3g}: {len(layers)} layers{at} need {needed:.3g} bytes: "
             f"{kept:.3g} for the clients' factors and the results, "
-            f"{GROUP_COPIES * copies[largest]:.3g} for one layer at a time and {solving:.3g} for "
-            "its SVD; raise the limit or pass fewer layers per call"
+            f"{each:.3g} for one layer at a time and {solving:.3g} for its SVD; raise the limit or "
+            "pass fewer layers per call"
         )
     group = min(room, max_group or len(layers), len(layers))
     # The SVD's result, at most one copy of the group, is the last of the group's copies.
-    return Budget(group, memory_limit - kept - group * (GROUP_COPIES - 1) * copies[largest])
+    return Budget(group, memory_limit - kept - group * (each - copies[largest]))
 
 
 def copy_bytes(updates: Sequence[ClientUpdate]) -> int:
@@ -83,6 +90,19 @@ def copy_bytes(updates: Sequence[ClientUpdate]) -> int:
     layers = prod(map(int, first.A.shape[:-2]))
     both = first.B.shape[-2] + first.A.shape[-1]
     return int(layers * both * rows * _dtype(updates).itemsize)
+
+
+def _method_bytes(
+    updates: Sequence[ClientUpdate],
+    workspace: Callable[[int, int, Sequence[int]], int] | None,
+) -> int:
+    """What the method itself needs for one entry."""
+    if workspace is None:
+        return 0
+    first = updates[0]
+    layers = prod(map(int, first.A.shape[:-2]))
+    ranks = [u.A.shape[-2] for u in updates]
+    return layers * workspace(first.B.shape[-2], first.A.shape[-1], ranks)
 
 
 def _solving_bytes(updates: Sequence[ClientUpdate]) -> int:

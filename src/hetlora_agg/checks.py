@@ -92,7 +92,9 @@ def fitting_state(name: str, state: Any, c: Components) -> LowRank | None:
     return as_state(state, f"{name}=", (*c.layers, c.B.shape[-2], c.A.shape[-1])).to(c.A)
 
 
-def as_state(state: Any, what: str, shape: tuple[int, ...]) -> LowRank:
+def as_state(
+    state: Any, what: str, shape: tuple[int, ...], who: str = "as the clients have"
+) -> LowRank:
     """A `LowRank`, or a nested result's factors, of the given dense shape and finite."""
     if isinstance(state, AggregationResult):
         if not state.nested and not state.slotted:
@@ -107,10 +109,14 @@ def as_state(state: Any, what: str, shape: tuple[int, ...]) -> LowRank:
         )
     if state.dense_shape != shape:
         raise OptionValueError(
-            f"{what}: expected (*layers, out_features, in_features) = {shape} as the clients "
-            f"have, got {state.dense_shape}"
+            f"{what}: expected (*layers, out_features, in_features) = {shape} {who}, got "
+            f"{state.dense_shape}"
         )
     factors: LowRank = state.torch()
+    for X in (factors.A, factors.B):
+        if X.is_meta or not X.is_floating_point():
+            kind = "meta tensors" if X.is_meta else str(X.dtype)
+            raise InputTypeError(f"{what}: expected factors of floating dtype, got {kind}")
     if not all_finite(factors.A, factors.B):
         raise OptionValueError(f"{what}: NaN or Inf in the factors; pass the last good round's")
     return factors

@@ -25,6 +25,20 @@ def average_factors(c: Components, share: Tensor) -> LowRank:
     return LowRank(slot @ (share.unsqueeze(-1) * c.A), (share.unsqueeze(-2) * c.B) @ slot.mT)
 
 
+def cast_balanced(low_rank: LowRank, like: Tensor) -> LowRank:
+    """The same matrix in the dtype of ``like``, both factors brought to one size first.
+
+    Of a product that fits the dtype one factor by itself need not.
+    """
+    A, B = low_rank.A, low_rank.B
+    size_A, size_B = (X.abs().amax((-2, -1), keepdim=True) for X in (A, B))
+    known = (size_A > 0) & (size_B > 0)
+    # A power of two, so that nothing is rounded.
+    ratio = torch.where(known, size_B.log2() - size_A.log2(), 0.0)
+    factor = torch.exp2((ratio / 2).round())
+    return LowRank((A * factor).to(like), (B / factor).to(like))
+
+
 def common_rows(c: Components) -> Tensor:
     """The A that all clients share, ``(*layers, n_slots, in)``, bit for bit; 0 in empty slots."""
     return _first_of_slot(c) @ c.A

@@ -90,7 +90,7 @@ def aggregate_layers(
     streams = {k: _children(v, read) for k, v in options.items() if isinstance(v, torch.Generator)}
     plain = {k: v for k, v in options.items() if k not in state and k not in streams}
     folding = folding_of(entry, plain)
-    max_group, for_svd = budget(memory_limit, read, max_group)
+    max_group, for_svd = budget(memory_limit, read, max_group, entry.workspace)
     names: list[list[str]] = []
     batches: list[Batch] = []
     for group, stacked, own in _grouped(read, state, max_group):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -97,6 +97,8 @@ class MethodEntry:
         unscaled: the factor that is taken as sent, the scaling going whole into the other; None
             folds the root of the scaling into both. A function of options if they decide.
         common: whether the unscaled factor must be one and the same on all clients.
+        workspace: ``(out_features, in_features, ranks) -> bytes`` per layer that the method needs
+            beside the factors and the SVD of their stack; None is nothing worth counting.
     """
 
     name: str
@@ -107,6 +109,7 @@ class MethodEntry:
     client: str = "slice"
     unscaled: Factor | Callable[..., Factor] | None = None
     common: bool = False
+    workspace: Callable[[int, int, Sequence[int]], int] | None = None
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -186,6 +189,7 @@ def method(
     client: str = "slice",
     unscaled: Factor | Callable[..., Factor] | None = None,
     common: bool = False,
+    workspace: Callable[[int, int, Sequence[int]], int] | None = None,
 ) -> Callable[[Run], Run]:
     """Enter a function in ``METHODS`` under its own name and hand it back untouched.
 
@@ -197,6 +201,7 @@ def method(
         client: what the clients do between two rounds, a name from ``CLIENTS``.
         unscaled: "A" or "B", the factor that takes no scaling, or a function of options.
         common: the unscaled factor must be one and the same on all clients.
+        workspace: bytes per layer that the method needs beside the factors and their SVD.
 
     Raises:
         InputValueError: a claim or client outside the vocabulary, or a name that is taken.
@@ -217,7 +222,15 @@ def method(
                 f"method {run.__name__!r} is registered already; give the function another name"
             )
         METHODS[run.__name__] = MethodEntry(
-            run.__name__, run, reference, dict(claims), statistic, client, unscaled, common
+            name=run.__name__,
+            run=run,
+            reference=reference,
+            claims=dict(claims),
+            statistic=statistic,
+            client=client,
+            unscaled=unscaled,
+            common=common,
+            workspace=workspace,
         )
         return run
 

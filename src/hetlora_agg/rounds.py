@@ -10,7 +10,7 @@ from torch import Tensor
 from hetlora_agg.checks import as_state, check_choice
 from hetlora_agg.errors import InputTypeError, OptionValueError
 from hetlora_agg.linalg import exact_arithmetic, nearest_isometry
-from hetlora_agg.types import AggregationResult, LowRank
+from hetlora_agg.types import BOTH, AggregationResult, LowRank
 
 
 def align_rounds(
@@ -26,8 +26,9 @@ def align_rounds(
         result: one layer's, from `aggregate` or `aggregate_layers`; torch tensors.
         previous: last round's factors, or the result they came from; of any rank, cut or padded
             with zeros to this one's.
-        by: "rotation", any orthogonal Q: the leading components then mean nothing by themselves,
-            ``nested`` is given up. "signs", which every method allows: order and nesting stay.
+        by: "rotation", any orthogonal Q, for methods that do not live on slots: the leading
+            components then mean nothing by themselves, ``nested`` is given up. "signs": order and
+            nesting stay.
 
     Returns:
         The same result in other factors; product unchanged up to rounding.
@@ -35,7 +36,8 @@ def align_rounds(
     Raises:
         InputTypeError: ``result`` is none, or ``previous`` is no factors.
         InputValueError: ``previous`` of another shape, another ``by``; or a rotation of a result
-            whose slots the next round depends on (``result.slotted``).
+            whose slots the next round depends on (``result.slotted``); a result of which clients
+            take one factor only (``result.shared``).
 
     Cost: ``2 (out + in) r²`` multiply-adds and one SVD of size r.
 
@@ -64,8 +66,13 @@ def align_rounds(
             "by='rotation': the next round averages slot by slot, and a rotation changes what a "
             "slot means; use by='signs'"
         )
+    if result.shared != BOTH:
+        raise OptionValueError(
+            "align_rounds: one factor of this result stays with the clients (result.shared = "
+            f"{sorted(result.shared)}), and would no longer fit the other; hand it out as it is"
+        )
     now = result.factors.torch()
-    last = as_state(previous, "previous=", now.dense_shape)
+    last = as_state(previous, "previous=", now.dense_shape, "as the result has")
     with exact_arithmetic(now.A.device.type):
         A, B = now.A.double(), now.B.double()
         A_last, B_last = (_fitted(X.to(A), now.rank) for X in (last.A, last.B.mT))

@@ -126,9 +126,11 @@ def test_plain_tuples_are_taken():
 
 def test_what_does_not_fit():
     own = update()
-    with pytest.raises(InputValueError, match=r"sketch: omega: expected .* = \(6, 'width'\), got"):
+    with pytest.raises(
+        InputValueError, match=r"sketch: omega: expected .* = \(6,\) and a width, got"
+    ):
         sketch(own, randn(IN + 1, 3))
-    with pytest.raises(InputValueError, match=r"project: Q: expected .* = \(7, 'width'\), got"):
+    with pytest.raises(InputValueError, match=r"project: Q: expected .* = \(7,\) and a width, got"):
         project(own, randn(IN, 3))
     with pytest.raises(InputValueError, match="omega: expected"):
         sketch(own, randn(2, IN, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,7 +134,8 @@ def _read(update: ClientUpdate | tuple[Any, Any], what: str) -> ClientUpdate:
     (read,), _ = read_updates([update], what)
     for factor, X in (("lora_A", read.A), ("lora_B", read.B)):
         _check_finite(X, f"{what}: {factor}")
-    return read
+    rank = read.rank or 0
+    return replace(read, A=read.A[..., :rank, :], B=read.B[..., :rank])
 
 
 def _fitting(X: Tensor, rows: int, update: ClientUpdate, what: str, dimension: str) -> Tensor:
@@ -142,7 +144,7 @@ def _fitting(X: Tensor, rows: int, update: ClientUpdate, what: str, dimension: s
     layers = tuple(update.A.shape[:-2])
     if X.shape[-2] != rows or tuple(X.shape[:-2]) not in ((), layers):
         raise InputValueError(
-            f"{what}: expected (*layers, {dimension}, width) = {(*layers, rows, 'width')}, got "
+            f"{what}: expected (*layers, {dimension}) = {(*layers, rows)} and a width, got "
             f"{tuple(X.shape)}; all clients take the one the server sent for this layer"
         )
     _check_finite(X, what)

@@ -89,10 +89,17 @@ def merge_and_restart(
         raise InputValueError(
             f"{what}: result: NaN or Inf in the update; keep the base of the last good round"
         )
+    if not all_finite(weight):
+        raise InputValueError(f"{what}: weight: NaN or Inf; go on from the last good base")
     compute = torch.promote_types(wide(weight.dtype), wide(total.A.dtype))
     with exact_arithmetic(weight.device.type):
         A, B = (X.to(weight.device, compute) for X in (total.A, total.B))
         merged = (weight.to(compute) + B @ A).to(weight.dtype)
+        if not all_finite(merged):
+            raise InputValueError(
+                f"{what}: the merged weight has entries beyond {weight.dtype}; hold the base in a "
+                "wider dtype"
+            )
         nothing = LowRank(total.A[..., :0, :].to(merged.device), total.B[..., :0].to(merged.device))
         (adapter,) = distribute(AggregationResult(nothing), [rank], generator=generator)
     return Restart(merged, adapter)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.checks import as_fraction, as_integer, as_list, as_number
-from hetlora_agg.clients.reading import as_factors, wide
+from hetlora_agg.clients.reading import as_finite_factors, wide
 from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.linalg import all_finite
 from hetlora_agg.types import LowRank
@@ -57,8 +57,8 @@ def importance(
     Deviations: the average starts at the first value, where AdaLoRA's starts at zero.
     """
     what = "importance"
-    weights = as_factors(weights, f"{what}: weights")
-    gradients = as_factors(gradients, f"{what}: gradients", like=weights)
+    weights = as_finite_factors(weights, f"{what}: weights")
+    gradients = as_finite_factors(gradients, f"{what}: gradients", like=weights)
     decay = as_fraction(decay, f"{what}: decay")
     with torch.no_grad():
         dtype = wide(weights.A.dtype)

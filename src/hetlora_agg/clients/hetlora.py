@@ -11,6 +11,7 @@ from torch import Tensor
 from hetlora_agg.checks import as_fraction, as_integer
 from hetlora_agg.clients.reading import as_factors, as_finite_factors
 from hetlora_agg.errors import InputValueError
+from hetlora_agg.linalg import norms
 from hetlora_agg.types import LowRank
 
 
@@ -104,8 +105,16 @@ def prune(trained: LowRank, received: LowRank, *, decay: float = 0.99, min_rank:
     if keep >= trained.rank:
         return trained.rank
     with torch.no_grad():
-        faded = bool(_tail(trained, keep) < _tail(received, keep))
+        faded = _log_tail(trained, keep) < _log_tail(received, keep)
     return keep if faded else trained.rank
+
+
+def _log_tail(adapter: LowRank, keep: int) -> float:
+    """Logarithm of the product of the tails' norms, summed over layers; −inf for none."""
+    # In logarithms: neither the squares nor the product need fit float64.
+    B, A = adapter.B[..., keep:].flatten(-2), adapter.A[..., keep:, :].flatten(-2)
+    products = norms(B.double(), -1).log() + norms(A.double(), -1).log()
+    return float(products.flatten().logsumexp(0))
 
 
 def _tail(adapter: LowRank, keep: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.checks import as_integer, as_list, as_number
-from hetlora_agg.clients.reading import as_factors, as_matrix, as_slots
+from hetlora_agg.clients.reading import as_finite_factors, as_matrix, as_slots
 from hetlora_agg.distribute import distribute
 from hetlora_agg.errors import InputValueError
 from hetlora_agg.linalg import all_finite, exact_arithmetic, orthonormal_columns
@@ -128,8 +128,8 @@ def corrected(
     Deviations: the correction comes before the moments of AdamW.
     """
     what = "corrected"
-    gradient = as_factors(gradient, f"{what}: gradient")
-    own = as_factors(own, f"{what}: own", like=gradient)
+    gradient = as_finite_factors(gradient, f"{what}: gradient")
+    own = as_finite_factors(own, f"{what}: own", like=gradient)
     with torch.no_grad():
         c = _of_slots(server, slots, own, what)
         return LowRank(
@@ -188,9 +188,9 @@ def client_variate(
     Deviations: under AdamW the mean step stands in for the mean gradient, which it is under SGD.
     """
     what = "client_variate"
-    own = as_factors(own, f"{what}: own")
-    start = as_factors(start, f"{what}: start", like=own)
-    end = as_factors(end, f"{what}: end", like=own)
+    own = as_finite_factors(own, f"{what}: own")
+    start = as_finite_factors(start, f"{what}: start", like=own)
+    end = as_finite_factors(end, f"{what}: end", like=own)
     steps = as_integer(steps, f"{what}: steps", at_least=1)
     length = steps * as_number(learning_rate, f"{what}: learning_rate", zero=False)
     with torch.no_grad():
@@ -244,7 +244,7 @@ def server_variate(
     Deviations: none known.
     """
     what = "server_variate"
-    server = as_factors(server, f"{what}: server")
+    server = as_finite_factors(server, f"{what}: server")
     read = [
         _fitting(change, server, f"{what}: change {k}")
         for k, change in enumerate(as_list(changes, f"{what}: changes"))
@@ -280,7 +280,7 @@ def _of_slots(server: LowRank, slots: Sequence[int] | None, own: LowRank, what: 
 
 def _fitting(variate: LowRank, like: LowRank, what: str) -> LowRank:
     """A variate of the same layers, of any rank."""
-    variate = as_factors(variate, what)
+    variate = as_finite_factors(variate, what)
     if variate.dense_shape != like.dense_shape:
         raise InputValueError(
             f"{what}: expected (*layers, out_features, in_features) = {like.dense_shape}, got "

@@ -5,7 +5,7 @@ import torch
 from hetlora_agg.checks import as_number
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
-from hetlora_agg.core import core
+from hetlora_agg.core import core, core_bytes
 from hetlora_agg.drawing import Generator, uniform
 from hetlora_agg.errors import OptionValueError
 from hetlora_agg.registry import SYMMETRIC, method
@@ -17,6 +17,7 @@ from hetlora_agg.weighting import examples, normalised
     reference="arXiv:2311.03099",
     claims={k: v for k, v in SYMMETRIC.items() if k in ("rescaling", "homogeneous", "orthogonal")}
     | {"mixed_ranks": {}, "gauge": {}},
+    workspace=core_bytes,
 )
 def dare(
     c: Components,
@@ -46,7 +47,8 @@ def dare(
     Raises:
         InputValueError: a drop outside [0, 1), a rank or split that is none.
 
-    Cost: QR of both stacks, ``K min(R, out) min(R, in)`` numbers per layer, and one factored SVD.
+    Cost: ``3 (out + in) R²`` multiply-adds, SVDs of size R, and several times
+    ``K min(R, out) min(R, in)`` numbers per layer: it is for tens of clients, not for hundreds.
 
     Example:
         >>> import torch
@@ -70,4 +72,4 @@ def dare(
     shared = core(c, examples(c))
     kept = uniform(c, generator, *shared.X.shape[-3:]) >= share
     merged = (p * torch.where(kept, shared.X, 0.0)).sum(-3) / (1 - share)
-    return result_of(compress(shared.back(merged).to(c.A), rank, default=c.max_rank, split=split))
+    return result_of(compress(shared.back(merged, c.A), rank, default=c.max_rank, split=split))

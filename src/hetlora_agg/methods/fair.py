@@ -1,5 +1,8 @@
 """`fair`: the B that best makes up for averaging the factors apart, LoRA-FAIR's aim."""
 
+import torch
+from torch import Tensor
+
 from hetlora_agg.checks import as_number
 from hetlora_agg.combining import average_factors
 from hetlora_agg.components import Components
@@ -54,9 +57,17 @@ def fair(c: Components, *, regularisation: float = 0.01) -> AggregationResult:
     level = as_number(regularisation, "regularisation=", zero=True)
     share = client_share(c, examples(c))
     mean = average_factors(c, share)
-    A, B = mean.A.double(), mean.B.double()
-    gram = A @ A.mT
-    wanted = (share.unsqueeze(-2) * c.B.double()) @ (c.A.double() @ A.mT)
+    # ΔB does not depend on the size of A, and is proportional to that of B.
+    size_A, size_B = (_size(X) for X in (c.A, c.B))
+    A_k, A, B_k, B = c.A / size_A, mean.A / size_A, c.B / size_B, mean.B / size_B
+    gram = A.double() @ A.double().mT
+    wanted = (share.unsqueeze(-2) * B_k.double()) @ (A_k.double() @ A.double().mT)
     ridge = level * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    correction = solve_gram(wanted - B @ gram, gram, ridge)
-    return result_of(LowRank(mean.A, (B + correction).to(mean.B)))
+    correction = solve_gram(wanted - B.double() @ gram, gram, ridge)
+    return result_of(LowRank(mean.A, mean.B + (size_B * correction).to(mean.B)))
+
+
+def _size(X: Tensor) -> Tensor:
+    """The power of two next to a layer's largest entry, ``(*layers, 1, 1)``; 1 for zero."""
+    largest = X.abs().amax((-2, -1), keepdim=True)
+    return torch.where(largest > 0, torch.exp2(largest.log2().round()), 1.0)

@@ -1,7 +1,7 @@
 """`fedask`: two linear sketches whose messages are sums, FedASK."""
 
 from hetlora_agg.checks import as_integer
-from hetlora_agg.combining import stack
+from hetlora_agg.combining import cast_balanced, stack
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, as_rank, compress
 from hetlora_agg.drawing import Generator, normal
@@ -80,5 +80,5 @@ def fedask(
     omega = normal(c, generator, mean.in_features, width)
     A, B = mean.A.double(), mean.B.double()
     Q, _ = orthonormal_columns(B @ (A @ omega))
-    sketched = LowRank(((Q.mT @ B) @ A).to(c.A), Q.to(c.B))
+    sketched = cast_balanced(LowRank((Q.mT @ B) @ A, Q), c.A)
     return result_of(compress(sketched, wanted, split=split))

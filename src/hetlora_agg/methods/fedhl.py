@@ -22,10 +22,16 @@ def truncation_errors(
         return nothing, nothing
     A, B = last.A.double(), last.B.double()
     inner = (B.mT @ B) * (A @ A.mT)
-    ranks = torch.tensor(c.ranks, device=A.device)
-    cut = (torch.arange(last.rank, device=A.device) >= ranks[:, None]).double()
+    cut = 1 - held(c, last.rank)
     errors = torch.einsum("ki,...ij,kj->...k", cut, inner, cut).clamp_min(0)
     return errors, inner.sum((-2, -1)).unsqueeze(-1).expand_as(errors)
+
+
+def held(c: Components, width: int) -> Tensor:
+    """Which components of a global update of that rank a client had, ``(K, width)`` of 0 and 1."""
+    slots = [set(own) for own in c.slots_by_client]
+    held = [[float(j in own) for j in range(width)] for own in slots]
+    return torch.tensor(held, dtype=torch.float64, device=c.A.device)
 
 
 @method(
@@ -55,7 +61,8 @@ def fedhl(
 
     ``ΔW_{t+1} = ΔW_t + Σ_k w_k (s_k B_k A_k − ΔW_t^{(r_k)})``, ``w_k ∝ 1 / (e_k² + ε)``,
     ``e_k = ‖ΔW_t − ΔW_t^{(r_k)}‖_F²``. In components, ``Σ w_k ΔW_k + Σ_j (1 − c_j) b_j a_j`` with
-    ``c_j = Σ_{r_k ≥ j} w_k``: what a client could not hold is not taken for forgotten.
+    ``c_j = Σ_{r_k ≥ j} w_k``: what a client could not hold is not taken for forgotten. Clients with
+    other slots than the leading ones are taken to have started from those.
 
     Args:
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
@@ -105,10 +112,7 @@ def fedhl(
         mass = 1 / (relative.square() + level)
     combined = stack(c, client_share(c, mass))
     if last is not None:
-        held = torch.tensor(c.ranks, device=mass.device)[:, None] > torch.arange(
-            last.rank, device=mass.device
-        )
-        missed = 1 - normalised(mass) @ held.double()
+        missed = 1 - normalised(mass) @ held(c, last.rank)
         combined = combined.plus(LowRank(missed.to(last.A).unsqueeze(-1) * last.A, last.B))
     default = max(c.max_rank, last.rank if last else 0)
     return result_of(compress(combined, rank, default=default, split=split))

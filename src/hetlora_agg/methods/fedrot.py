@@ -38,7 +38,8 @@ def fedrot(
         previous: last round's global factors, the reference; None in the first round, which is a
             plain zero-padded average.
         round: number of this round, from 1.
-        strength: λ in [0, 1]; 0 does not rotate, 1 goes all the way and allows reflections.
+        strength: λ in [0, 1]; 0 does not rotate, 1 goes all the way. Below 1 a square ``R_k`` is
+            the nearest rotation proper (determinant 1), at 1 it may reflect.
 
     Returns:
         Factors of the reference's rank, leading slots for every smaller one.

@@ -2,7 +2,7 @@
 
 import torch
 
-from hetlora_agg.combining import stack
+from hetlora_agg.combining import cast_balanced, stack
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, as_rank, compress
 from hetlora_agg.linalg import column_space, row_space
@@ -69,4 +69,5 @@ def glora(c: Components, *, rank: Rank = None, split: str = "balanced") -> Aggre
     V = column_space((share.sqrt().unsqueeze(-1) * rows).mT)[0][..., :wanted]
     mean = stack(c, share)
     seen = mean.B.double() @ (mean.A.double() @ V)
-    return result_of(compress(LowRank(V.mT.to(c.A), seen.to(c.B)), wanted, split=split))
+    agreed = cast_balanced(LowRank(V.mT, seen), c.A)
+    return result_of(compress(agreed, wanted, split=split))

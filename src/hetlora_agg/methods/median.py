@@ -2,7 +2,7 @@
 
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
-from hetlora_agg.core import core
+from hetlora_agg.core import core, core_bytes
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import uniform
@@ -11,6 +11,7 @@ from hetlora_agg.weighting import uniform
 @method(
     reference="arXiv:1803.01498",
     claims=SYMMETRIC | {"mixed_ranks": {}, "gauge": {}, "zero_component": {"rank": "full"}},
+    workspace=core_bytes,
 )
 def median(c: Components, *, rank: Rank = None, split: str = "balanced") -> AggregationResult:
     """Takes the median over clients of every entry, in orthonormal bases that they share.
@@ -29,7 +30,8 @@ def median(c: Components, *, rank: Rank = None, split: str = "balanced") -> Aggr
     Raises:
         InputValueError: a rank or split that is none.
 
-    Cost: QR of both stacks, ``K min(R, out) min(R, in)`` numbers per layer, and one factored SVD.
+    Cost: ``3 (out + in) R²`` multiply-adds, SVDs of size R, and several times
+    ``K min(R, out) min(R, in)`` numbers per layer: it is for tens of clients, not for hundreds.
 
     Example:
         >>> from torch import ones
@@ -51,4 +53,4 @@ def median(c: Components, *, rank: Rank = None, split: str = "balanced") -> Aggr
     X = shared.X.sort(-3).values
     middle = X.shape[-3] - 1
     merged = (X[..., middle // 2, :, :] + X[..., (middle + 1) // 2, :, :]) / 2
-    return result_of(compress(shared.back(merged).to(c.A), rank, default=c.max_rank, split=split))
+    return result_of(compress(shared.back(merged, c.A), rank, default=c.max_rank, split=split))

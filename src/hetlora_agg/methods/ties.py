@@ -6,7 +6,8 @@ from torch import Tensor
 from hetlora_agg.checks import as_fraction
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
-from hetlora_agg.core import core
+from hetlora_agg.core import core, core_bytes
+from hetlora_agg.linalg import norms
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import examples, normalised
@@ -22,6 +23,7 @@ from hetlora_agg.weighting import examples, normalised
         "zero_component": {"rank": "full"},
         "idle_kept": {},
     },
+    workspace=core_bytes,
 )
 def ties(
     c: Components, *, density: float = 0.5, rank: Rank = None, split: str = "balanced"
@@ -46,7 +48,8 @@ def ties(
     Raises:
         InputValueError: a density outside (0, 1], a rank or split that is none.
 
-    Cost: QR of both stacks, ``K min(R, out) min(R, in)`` numbers per layer, and one factored SVD.
+    Cost: ``3 (out + in) R²`` multiply-adds, SVDs of size R, and several times
+    ``K min(R, out) min(R, in)`` numbers per layer: it is for tens of clients, not for hundreds.
 
     Example:
         >>> from torch import ones
@@ -72,12 +75,12 @@ def ties(
     weight = p * (agree & (X != 0))
     total = weight.sum(-3)
     merged = torch.where(total > 0, (weight * X).sum(-3) / total, 0.0)
-    return result_of(compress(shared.back(merged).to(c.A), rank, default=c.max_rank, split=split))
+    return result_of(compress(shared.back(merged, c.A), rank, default=c.max_rank, split=split))
 
 
 def _without_rounding(X: Tensor, dtype: torch.dtype) -> Tensor:
     """Entries below the rounding of a client's factors as zero: rounding has no vote."""
-    size = X.square().sum((-2, -1), keepdim=True).sqrt()
+    size = norms(X.flatten(-2), -1)[..., None, None]
     noise = max(X.shape[-2:]) * torch.finfo(dtype).eps * size
     return torch.where(X.abs() > noise, X, 0.0)
 

@@ -5,7 +5,7 @@ import math
 from hetlora_agg.checks import as_number
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
-from hetlora_agg.core import core
+from hetlora_agg.core import core, core_bytes
 from hetlora_agg.errors import OptionValueError
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
@@ -15,6 +15,7 @@ from hetlora_agg.weighting import uniform
 @method(
     reference="arXiv:1803.01498",
     claims=SYMMETRIC | {"mixed_ranks": {}, "gauge": {}, "zero_component": {"rank": "full"}},
+    workspace=core_bytes,
 )
 def trimmed_mean(
     c: Components, *, trim: float = 0.25, rank: Rank = None, split: str = "balanced"
@@ -37,7 +38,8 @@ def trimmed_mean(
     Raises:
         InputValueError: a trim outside [0, 1/2), a rank or split that is none.
 
-    Cost: QR of both stacks, ``K min(R, out) min(R, in)`` numbers per layer, and one factored SVD.
+    Cost: ``3 (out + in) R²`` multiply-adds, SVDs of size R, and several times
+    ``K min(R, out) min(R, in)`` numbers per layer: it is for tens of clients, not for hundreds.
 
     Example:
         >>> from torch import ones
@@ -63,5 +65,5 @@ def trimmed_mean(
     notes = (f"trim={trim}: of {clients} clients none was left out",) if share and not cut else ()
     shared = core(c, uniform(c))
     merged = shared.X.sort(-3).values[..., cut : clients - cut, :, :].mean(-3)
-    kept = compress(shared.back(merged).to(c.A), rank, default=c.max_rank, split=split)
+    kept = compress(shared.back(merged, c.A), rank, default=c.max_rank, split=split)
     return result_of(kept, notes=notes)
