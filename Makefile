@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 THREADS ?= 2
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench bench-full results tables clean
+.PHONY: demo test lint docs bench bench-full results tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hetlora-agg simulate --methods all --out demo --force
@@ -29,9 +29,17 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[test]'
 	touch $@
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[docs]'
+	touch $@
+
 $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[bench]'
 	touch $@
+
+# The site: executes the notebooks; a warning is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict
 
 # The quick benchmark, a few minutes; it replaces no number in docs/.
 bench: $(VENV)/.bench
@@ -42,6 +50,7 @@ bench-full: $(VENV)/.bench
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.bench_drivers
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.bench_scaling
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.bench_kernel
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.bench_adapters
 	$(BIN)/python -m benchmarks.plots
 
 # Every number in README.md and docs/, then the tables themselves.
@@ -54,4 +63,4 @@ tables: $(VENV)/.test
 	$(BIN)/python docs/tables.py
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) demo site .pytest_cache .mypy_cache .ruff_cache .coverage

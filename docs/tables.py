@@ -22,9 +22,16 @@ sys.path.insert(0, str(PROJECT))
 
 from benchmarks import report, report_kernel, report_theory  # noqa: E402
 from benchmarks.report import markdown  # noqa: E402
+from docs import decisions  # noqa: E402
 
 RESULTS = PROJECT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/methods.md", "docs/performance.md", "docs/theory.md")
+PAGES = (
+    "README.md",
+    "docs/methods.md",
+    "docs/performance.md",
+    "docs/theory.md",
+    "docs/choosing.md",
+)
 
 
 def claim(entry: Any, name: str) -> str:
@@ -109,6 +116,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **report.TABLES,
     **report_kernel.TABLES,
     **report_theory.TABLES,
+    **decisions.TABLES,
 }
 
 

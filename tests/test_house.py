@@ -29,6 +29,7 @@ FLOORS = [
     {"clients"},
     {"reports"},
     {"diagnostics"},
+    {"adapters"},
     {"testing"},
     {"simulate"},
     {"plotting"},
@@ -76,7 +77,7 @@ def test_imports_go_downward(path):
 @pytest.mark.parametrize("name", ["simulate", "plotting", "cli"])
 def test_top_floor_uses_public_names(name):
     paths = [p for p in SOURCES if house_name(p) == name]
-    public = {"public", "testing", "simulate", "plotting", "linalg", name}
+    public = {"public", "adapters", "testing", "simulate", "plotting", "linalg", name}
     for path in paths:
         assert set(imported(path)) <= public, path
 

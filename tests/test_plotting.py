@@ -10,9 +10,25 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from hetlora_agg import InputTypeError, InputValueError, aggregate, aggregate_layers, diagnose
-from hetlora_agg.plotting import COLOURS, DASHES, EXACT, _apart, plot_simulation, plot_spectrum
-from hetlora_agg.simulate import Settings, SimulationResult
+from hetlora_agg import (
+    ClientUpdate,
+    InputTypeError,
+    InputValueError,
+    aggregate,
+    aggregate_layers,
+    diagnose,
+)
+from hetlora_agg.plotting import (
+    COLOURS,
+    DASHES,
+    EXACT,
+    _apart,
+    plot_contributions,
+    plot_energy,
+    plot_simulation,
+    plot_spectrum,
+)
+from hetlora_agg.simulate import Settings, SimulationResult, simulate_many
 
 ROUNDS = 4
 
@@ -218,3 +234,52 @@ def test_spectra_of_numpy_results_are_drawn_too():
     result = aggregate(updates, "rb", rank=2)
     assert isinstance(result.certificate.tail, np.ndarray)
     assert plot_spectrum(result).axes
+
+
+# ---- contributions and energy --------------------------------------------------------------------
+
+
+def test_contributions_are_the_shares_of_an_exact_mean():
+    torch.manual_seed(0)
+    layers = {
+        name: [
+            ClientUpdate(torch.randn(r, 6), torch.randn(5, r), weight=r, id=f"c{r}") for r in r_k
+        ]
+        for name, r_k in {"q": (1, 2, 3), "v": (2, 3)}.items()
+    }
+    results = aggregate_layers(layers, "flora", missing="renormalise")
+    report = diagnose(layers, results, missing="renormalise")
+    axes = plot_contributions(report).axes[0]
+    cells = axes.images[0].get_array()
+    names = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["q", "v"]
+    assert sorted(names) == ["c1", "c2", "c3"]
+    # of an exact mean the parts are the whole; who lacks a layer has no cell there
+    np.testing.assert_allclose(np.nansum(np.ma.filled(cells, np.nan), axis=0), 1.0, atol=1e-5)
+    assert np.isnan(np.ma.filled(cells, np.nan)[names.index("c1"), 1])
+    mean = results["q"].factors.dense()
+    update = layers["q"][0].B @ layers["q"][0].A
+    part = float((update * mean).sum() / mean.square().sum()) / 6
+    assert abs(cells[names.index("c1"), 0] - part) < 1e-5
+
+
+def test_contributions_of_what_is_no_report():
+    with pytest.raises(InputTypeError, match="expected a Report from diagnose, got list"):
+        plot_contributions([])
+
+
+def test_contributions_of_zero_updates_are_zero():
+    zero = [(torch.ones(1, 3), torch.zeros(2, 1))] * 2
+    axes = plot_contributions(diagnose(zero, aggregate(zero))).axes[0]
+    assert float(np.abs(axes.images[0].get_array()).max()) == 0.0
+
+
+def test_energy_over_the_rounds():
+    runs = simulate_many(["rb", "flexlora"], ranks=(2, 4), rounds=2)
+    left, right = plot_energy(runs).axes
+    for axes, what in ((left, "energy_ratio"), (right, "effective_rank")):
+        drawn = [line.get_ydata() for line in axes.lines if len(line.get_ydata()) == 2]
+        for run in runs.values():
+            assert any(np.allclose(y, getattr(run, what)) for y in drawn)
+    with pytest.raises(InputValueError, match="plot_energy: expected at least one method that ran"):
+        plot_energy({})

@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from hetlora_agg import HetLoRAError, __version__
+from hetlora_agg.cli.aggregating import add_aggregate
+from hetlora_agg.cli.comparing import add_compare
 from hetlora_agg.cli.errors import Failure
+from hetlora_agg.cli.inspecting import add_inspect
 from hetlora_agg.cli.listing import add_methods
 from hetlora_agg.cli.simulating import add_simulate
 
@@ -56,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description="Aggregate LoRA updates of different ranks.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add_aggregate(
+        commands.add_parser("aggregate", help="aggregate clients' PEFT adapters into a global one")
+    )
+    add_compare(commands.add_parser("compare", help="several methods on the same adapters"))
+    add_inspect(commands.add_parser("inspect", help="ranks, scalings and spectra of adapters"))
     add_methods(commands.add_parser("methods", help="list the aggregation methods"))
     add_simulate(
         commands.add_parser(

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hetlora_agg import METHODS
+from hetlora_agg.cli.adapters import integers, progress_bar
 from hetlora_agg.cli.errors import Failure
 from hetlora_agg.plotting import plot_simulation, require_matplotlib
 from hetlora_agg.simulate import (
@@ -30,26 +31,17 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     ranks = ",".join(map(str, Settings.ranks))
     add("--methods", default="all", help="names separated by commas, or all")
-    add("--ranks", type=_integers, default=ranks, help="one rank per client")
+    add("--ranks", type=integers, default=ranks, help="one rank per client")
     add("--rounds", type=int, default=Settings.rounds, help="communication rounds")
     add("--local-epochs", type=int, default=Settings.local_epochs, help="epochs per round")
     add("--dirichlet", type=float, default=Settings.dirichlet, help="label skew: small is skewed")
     add("--participation", type=float, default=Settings.participation, help="share of clients")
     add("--lora-alpha", type=float, default=Settings.lora_alpha, help="scaling is this over rank")
-    add("--seeds", type=_integers, default="0,1,2", help="every method runs once per seed")
+    add("--seeds", type=integers, default="0,1,2", help="every method runs once per seed")
     add("--out", type=Path, metavar="DIR", help="write simulation.json and simulation.png there")
     add("--force", action="store_true", help="overwrite the files in DIR")
     add("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_simulate)
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected whole numbers separated by commas, got {text!r}"
-        ) from None
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
@@ -117,20 +109,10 @@ class _Progress:
         self.seed = 0
         self.bar = None
         if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError as error:
-                raise ImportError(
-                    'the progress bar needs tqdm; do: pip install "hetlora-agg[sim]"'
-                ) from error
             # A terminal that says it is 0 x 0, as some containers do, still gets a bar.
             columns, lines = shutil.get_terminal_size()
-            self.bar = tqdm(
-                total=seeds * self.per_seed,
-                unit="round",
-                file=sys.stderr,
-                ncols=columns,
-                nrows=lines,
+            self.bar = progress_bar(
+                total=seeds * self.per_seed, unit="round", ncols=columns, nrows=lines
             )
 
     def finish_seed(self) -> None:

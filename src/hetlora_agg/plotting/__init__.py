@@ -1,5 +1,6 @@
 """Pictures of simulations, spectra and theory; matplotlib is imported when the first is drawn."""
 
+from hetlora_agg.plotting.contributions import plot_contributions as plot_contributions
 from hetlora_agg.plotting.drawing import COLOURS as COLOURS
 from hetlora_agg.plotting.drawing import DASHES as DASHES
 from hetlora_agg.plotting.drawing import NAME_POINTS as NAME_POINTS
@@ -8,6 +9,7 @@ from hetlora_agg.plotting.drawing import apart as _apart  # noqa: F401  (its tes
 from hetlora_agg.plotting.drawing import require_matplotlib as require_matplotlib
 from hetlora_agg.plotting.simulation import EXACT as EXACT
 from hetlora_agg.plotting.simulation import Runs as Runs
+from hetlora_agg.plotting.simulation import plot_energy as plot_energy
 from hetlora_agg.plotting.simulation import plot_simulation as plot_simulation
 from hetlora_agg.plotting.spectrum import MOST_NAMED_LAYERS as MOST_NAMED_LAYERS
 from hetlora_agg.plotting.spectrum import plot_spectrum as plot_spectrum

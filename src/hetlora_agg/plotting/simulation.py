@@ -56,6 +56,39 @@ def plot_simulation(results: SimulationResult | Mapping[str, Runs]) -> Figure:
     return figure
 
 
+def plot_energy(results: SimulationResult | Mapping[str, Runs]) -> Figure:
+    """Energy ratio and effective rank over the rounds, one line per method: does the rank collapse?
+
+    Args:
+        results: what `simulate` or `simulate_many` returned, or label -> results of several seeds,
+            of which the mean is drawn. Skipped methods are left out.
+
+    Raises:
+        InputValueError: there is nothing to draw.
+        ImportError: matplotlib is missing; the message names the extra that brings it.
+    """
+    figure_type = require_matplotlib()
+    runs = _by_label(results)
+    if not runs:
+        raise InputValueError(
+            "plot_energy: expected at least one method that ran, got none; "
+            "see the reason in each result's .skipped"
+        )
+    height = max(4.2, 1.6 + 0.24 * len(runs))
+    figure = figure_type(figsize=(11, height), dpi=150, layout="constrained")
+    panels = {
+        "energy_ratio": "energy within the smallest client rank (1: collapse)",
+        "effective_rank": "effective rank",
+    }
+    for axes, (what, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        curves = _curves(runs, what, first_round=1)
+        for curve in curves:
+            axes.plot(curve.x, curve.y, **curve.style)
+        frame(axes, title, "round")
+        name_lines(axes, curves)
+    return figure
+
+
 def _by_label(
     results: SimulationResult | Mapping[str, Runs],
 ) -> dict[str, tuple[SimulationResult, ...]]:

@@ -1,0 +1,209 @@
+"""``AggregatedAdapters``: a round's result as adapters, the global one and every client's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hetlora_agg.adapters.adapter import Adapter
+from hetlora_agg.adapters.extras import Extra
+from hetlora_agg.adapters.files import RESIDUAL, as_folder, check_target, save, staged
+from hetlora_agg.adapters.handing import (
+    check_cut,
+    client_adapter,
+    global_adapter,
+    residual_adapter,
+)
+from hetlora_agg.errors import InputValueError
+from hetlora_agg.types import AggregationResult
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AggregatedAdapters:
+    """What `aggregate_adapters` and `aggregate_state_dicts` return.
+
+    Only the global factors are held; a client's adapter is made when it is asked for.
+
+    Attributes:
+        results: layer -> `AggregationResult`, in units of ΔW.
+        clients: client's id -> the `Adapter` it sent.
+        extras: tensors besides the factors, by their key in files.
+        wanted: client's id -> the rank it wants back, or None for what it sent.
+        excluded: clients left out by ``on_bad_client="drop"``, and why.
+        notes: what was accepted but is worth knowing.
+    """
+
+    results: Mapping[str, AggregationResult]
+    clients: Mapping[Hashable, Adapter]
+    extras: Mapping[str, tuple[Extra, Tensor]]
+    wanted: Mapping[Hashable, int] | None
+    excluded: tuple[tuple[Hashable, str], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def adapter(self) -> Adapter:
+        """The global adapter: every layer at the result's rank, its scaling 1."""
+        factors = {layer: result.factors for layer, result in self.results.items()}
+        return global_adapter(self.clients, factors, self.extras)
+
+    @property
+    def residual(self) -> Adapter | None:
+        """What the method leaves to the base weights, as an adapter to be merged; or None."""
+        rest = {k: r.residual for k, r in self.results.items() if r.residual is not None}
+        return residual_adapter(self.clients, rest) if rest else None
+
+    def client(self, id: Hashable) -> Adapter:
+        """What that client starts the next round from, with the keys and in the style it sent.
+
+        Its own layers at the ranks it wants, its own scaling divided out: it needs a new config
+        only if its ranks change, and then alpha follows, so that its scalings stay. A factor that
+        the method does not share stays its own.
+
+        Raises:
+            InputValueError: no such client, a result with a residual, or one that cannot be cut to
+                its rank; each says what to do instead.
+        """
+        if id not in self.clients:
+            raise InputValueError(f"no client {id!r}; there are {sorted(map(str, self.clients))}")
+        return client_adapter(self.clients[id], self.results, self.extras, self._rank(id))
+
+    def state_dict(self) -> Any:
+        """The global adapter as the first client sent its own: keys, list or dict, numpy or not.
+
+        Its scaling is 1: load it with ``r = lora_alpha``, and ``rank_pattern`` where ranks differ
+        (``.adapter.config``).
+        """
+        return self.adapter.state_dict()
+
+    def state_dicts(self) -> list[Any]:
+        """Every client's next adapter as it sent its own, in the order of the clients."""
+        return [self.client(id).state_dict() for id in self.clients]
+
+    def write(self, out: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Writes the global adapter as a folder that PEFT loads, whole or not at all.
+
+        A residual goes into ``out/residual``, an adapter of its own: load it first, call
+        ``merge_and_unload()``, then load ``out`` on the base model that has taken it.
+
+        Args:
+            out: the folder.
+            force: replace an adapter that is there.
+
+        Raises:
+            InputValueError: the folder is there or an input's, or no config is known.
+        """
+        target = as_folder(out, "write")
+        with staged(target, force=force, inputs=self._inputs()) as folder:
+            save(folder, self.adapter)
+            if (residual := self.residual) is not None:
+                save(folder / RESIDUAL, residual)
+        return target
+
+    def write_clients(self, folder: str | os.PathLike[str], *, force: bool = False) -> list[Path]:
+        """Writes every client's next adapter to ``folder/<id>``, one at a time, all or none.
+
+        Args:
+            folder: the folder of folders.
+            force: replace adapters that are there; other clients' stay.
+
+        Raises:
+            InputValueError: as `client`; the folder is there, or one in it is an input's.
+        """
+        out = as_folder(folder, "write_clients")
+        inputs = self._inputs()
+        targets = {id: out / _folder_name(id) for id in self.clients}
+        for id, target in targets.items():
+            check_cut(self.clients[id], self.results, self._rank(id))
+            check_target(target, force, inputs)
+        there = os.path.lexists(out)
+        if there and not force:
+            raise InputValueError(f"{out}: is there already; set force to replace adapters in it")
+        with ExitStack() as stack:
+            if there:
+                staging = {
+                    id: stack.enter_context(staged(target, force=True, inputs=inputs))
+                    for id, target in targets.items()
+                }
+            else:
+                root = stack.enter_context(staged(out, inputs=inputs))
+                staging = {id: root / target.name for id, target in targets.items()}
+            for id, place in staging.items():
+                save(place, self.client(id))
+        return list(targets.values())
+
+    def summary(self) -> str:
+        """A table: each layer's size, ranks sent, rank of the result, energy left out."""
+        rows = [("layer", "out x in", "ranks", "rank", "left out")]
+        for row in self.to_dict()["layers"]:
+            left = "" if row["left_out"] is None else f"{row['left_out']:.2%}"
+            ranks = ", ".join(map(str, row["ranks"]))
+            size = "x".join(map(str, row["size"]))
+            rows.append((row["layer"], size, ranks, str(row["rank"]), left))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        notes = [f"note: {note}" for note in self.notes]
+        notes += [f"excluded {client!r}: {why}" for client, why in self.excluded]
+        return "\n".join([line.rstrip() for line in lines] + notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and strings only: layers, extras, clients, notes."""
+        layers = [
+            {
+                "layer": name,
+                "size": list(result.factors.dense_shape),
+                "ranks": [a.rank(name) for a in self.clients.values() if name in a.layers],
+                "rank": result.rank,
+                "residual_rank": None if result.residual is None else result.residual.rank,
+                "left_out": _left_out(result),
+            }
+            for name, result in self.results.items()
+        ]
+        return {
+            "layers": layers,
+            "extras": list(self.extras),
+            "clients": list(self.clients),
+            "excluded": [list(pair) for pair in self.excluded],
+            "notes": list(self.notes),
+        }
+
+    def __repr__(self) -> str:
+        """One line: layers, clients, ranks."""
+        ranks = sorted({result.rank for result in self.results.values()})
+        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}..{ranks[-1]}"
+        rest = any(result.residual is not None for result in self.results.values())
+        return (
+            f"AggregatedAdapters({len(self.results)} layers, {len(self.clients)} clients, "
+            f"rank {span}{', with a residual' * rest})"
+        )
+
+    def _rank(self, id: Hashable) -> int | None:
+        return None if self.wanted is None else self.wanted[id]
+
+    def _inputs(self) -> list[Path]:
+        return [a.folder for a in self.clients.values() if a.folder is not None]
+
+
+def _left_out(result: AggregationResult) -> float | None:
+    """The share of the squared norm that truncation discarded, where an SVD was taken."""
+    known = result.certificate
+    if known is None or result.residual is not None:
+        return None
+    tail, norm = float(known.tail), float(known.norm)
+    return (tail / norm) ** 2 if norm > 0 else 0.0
+
+
+def _folder_name(id: Hashable) -> str:
+    """A client's id as the name of a folder; nothing that leads elsewhere."""
+    name = str(id)
+    if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0")):
+        raise InputValueError(
+            f"client {id!r}: no name for a folder; write its adapter with "
+            "write_adapter(path, outcome.client(id))"
+        )
+    return name
