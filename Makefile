@@ -5,13 +5,22 @@ BIN := $(VENV)/bin
 THREADS ?= 2
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint docs bench bench-full results tables clean
+.PHONY: demo test test-integrations lint docs bench bench-full results tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hetlora-agg simulate --methods all --out demo --force
 
 test: $(VENV)/.test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term src tests
+
+# Flower and NVFlare, simulations included: an environment of its own, about two gigabytes.
+test-integrations: .venv-integrations/.done
+	FLWR_TELEMETRY_ENABLED=0 OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest -W default tests/integrations
+
+.venv-integrations/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations]'
+	touch $@
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -63,4 +72,4 @@ tables: $(VENV)/.test
 	$(BIN)/python docs/tables.py
 
 clean:
-	rm -rf $(VENV) demo site .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) .venv-integrations demo site .pytest_cache .mypy_cache .ruff_cache .coverage

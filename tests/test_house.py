@@ -33,6 +33,7 @@ FLOORS = [
     {"testing"},
     {"simulate"},
     {"plotting"},
+    {"integrations"},
     {"cli"},
     {"__main__"},
 ]
@@ -74,7 +75,7 @@ def test_imports_go_downward(path):
         assert other == name or height < FLOOR[name], f"{name} imports {other}"
 
 
-@pytest.mark.parametrize("name", ["simulate", "plotting", "cli"])
+@pytest.mark.parametrize("name", ["simulate", "plotting", "integrations", "cli"])
 def test_top_floor_uses_public_names(name):
     paths = [p for p in SOURCES if house_name(p) == name]
     public = {"public", "adapters", "testing", "simulate", "plotting", "linalg", name}
@@ -185,6 +186,7 @@ def test_core_imports_need_torch_numpy_and_safetensors_only():
     allowed = {"torch", "numpy", "safetensors", "hetlora_agg"}
     optional = {"testing": {"hypothesis", "pytest"}, "simulate": {"sklearn", "tqdm"}}
     optional |= {"plotting": {"matplotlib"}, "cli": {"tqdm", "matplotlib"}}
+    optional |= {"integrations": {"flwr", "nvflare"}}
     import sys
 
     for path in SOURCES:
