@@ -96,12 +96,6 @@ def record(name: str, results: Any) -> Path:
 
 def machine() -> dict[str, Any]:
     """Processor, threads, versions and commit; a package that is not there is None."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "processor": _processor(),
@@ -110,9 +104,22 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "commit": commit,
+        "commit": _commit(),
         **{package: _version(package) for package in PEERS},
     }
+
+
+def _commit() -> str:
+    """The commit that was measured; what a benchmark has just written does not make it dirty."""
+
+    def git(*arguments: str) -> str:
+        call = ["git", *arguments]
+        return subprocess.run(
+            call, capture_output=True, text=True, cwd=RESULTS.parent.parent
+        ).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs")
+    return git("describe", "--always") + "-dirty" * bool(changed)
 
 
 def _version(package: str) -> str | None:
