@@ -15,7 +15,8 @@ test: $(VENV)/.test lint
 
 # Flower and NVFlare, simulations included: an environment of its own, about two gigabytes.
 test-integrations: .venv-integrations/.done
-	FLWR_TELEMETRY_ENABLED=0 OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest -W default tests/integrations
+	FLWR_TELEMETRY_ENABLED=0 OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest -W default tests/integrations \
+		'tests/test_docs.py::test_code_of_a_page_runs_as_pasted'
 
 .venv-integrations/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-integrations

@@ -22,12 +22,12 @@ from hetlora_agg.plotting import (
     COLOURS,
     DASHES,
     EXACT,
-    _apart,
     plot_contributions,
     plot_energy,
     plot_simulation,
     plot_spectrum,
 )
+from hetlora_agg.plotting.drawing import apart
 from hetlora_agg.simulate import Settings, SimulationResult, simulate_many
 
 ROUNDS = 4
@@ -202,7 +202,7 @@ def test_missing_matplotlib_names_the_extra(draw, monkeypatch):
     [[0.5], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0], [0.0, 0.01, 0.0], [0.9, 0.1, 0.11, 0.95, 0.93]],
 )
 def test_names_keep_their_order_and_their_distance(wanted):
-    placed = _apart(np.array(wanted), gap=0.1)
+    placed = apart(np.array(wanted), gap=0.1)
     ordered = np.sort(placed)
     assert (np.diff(ordered) >= 0.1 - 1e-9).all()
     assert ordered[0] >= 0
@@ -211,8 +211,8 @@ def test_names_keep_their_order_and_their_distance(wanted):
 
 
 def test_names_that_do_not_touch_stay_where_they_are():
-    assert _apart(np.array([0.2, 0.8]), gap=0.1) == pytest.approx([0.2, 0.8])
-    assert _apart(np.array([0.5, 0.5]), gap=0.1) == pytest.approx([0.45, 0.55])
+    assert apart(np.array([0.2, 0.8]), gap=0.1) == pytest.approx([0.2, 0.8])
+    assert apart(np.array([0.5, 0.5]), gap=0.1) == pytest.approx([0.45, 0.55])
 
 
 def test_one_round_is_a_point_one_can_see():

@@ -5,7 +5,6 @@ from hetlora_agg.plotting.drawing import COLOURS as COLOURS
 from hetlora_agg.plotting.drawing import DASHES as DASHES
 from hetlora_agg.plotting.drawing import NAME_POINTS as NAME_POINTS
 from hetlora_agg.plotting.drawing import Curve as Curve
-from hetlora_agg.plotting.drawing import apart as _apart  # noqa: F401  (its tests know it so)
 from hetlora_agg.plotting.drawing import require_matplotlib as require_matplotlib
 from hetlora_agg.plotting.simulation import EXACT as EXACT
 from hetlora_agg.plotting.simulation import Runs as Runs
