@@ -26,10 +26,8 @@ backend_module, gram_module, jacobi_module, triton_module = (
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 EPS = eps(F64)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# There conftest.py has set TRITON_INTERPRET.
 INTERPRETED = DEVICE == "cpu"
-if INTERPRETED:
-    # Triton reads it when it is imported, and nothing here imports triton before a test runs.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 needs_triton = pytest.mark.skipif(not available(DEVICE), reason="triton is not installed")
 every_backend = pytest.mark.parametrize(
