@@ -20,7 +20,7 @@ PROJECT = Path(__file__).parent.parent
 # Run as a script, only docs/ is on the path.
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks import report, report_kernel, report_theory  # noqa: E402
+from benchmarks import report, report_adapters, report_kernel, report_theory  # noqa: E402
 from benchmarks.report import markdown  # noqa: E402
 from docs import decisions  # noqa: E402
 
@@ -116,6 +116,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **report.TABLES,
     **report_kernel.TABLES,
     **report_theory.TABLES,
+    **report_adapters.TABLES,
     **decisions.TABLES,
 }
 
