@@ -185,7 +185,9 @@ def client_variate(
 
     Fidelity: PAPER in words, OURS for the equation.
 
-    Deviations: under AdamW the mean step stands in for the mean gradient, which it is under SGD.
+    Deviations: under AdamW the mean step stands in for the mean gradient, which it is under SGD. A
+    step of Adam does not shrink with the gradient, and fed back it has wrecked training in our
+    simulator, which passes as ``end`` where plain descent along its gradients would have ended.
     """
     what = "client_variate"
     own = as_finite_factors(own, f"{what}: own")
