@@ -63,7 +63,7 @@ def test_methods_by_name(capsys):
     (row,) = json.loads(capsys.readouterr().out)
     assert row == json.loads(json.dumps(METHODS["rb"].describe()))
     assert main(["methods", "rbb"]) == 2
-    assert "unknown method 'rbb'; did you mean 'rb'? known: ['dare'" in error_of(capsys)
+    assert "unknown method 'rbb'; did you mean 'rb' or 'rbla'? known: ['dare'" in error_of(capsys)
 
 
 def test_the_module_runs_as_a_process():
@@ -192,7 +192,7 @@ def test_nothing_that_can_run_is_a_failure(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["simulate", "--methods", "flexlroa"], "did you mean 'flexlora'"),
+        (["simulate", "--methods", "flexlroa"], "did you mean 'fedrot' or 'flexlora' or 'flora'?"),
         (["simulate", "--methods", "rb,rb"], "more than once"),
         (["simulate", "--ranks", "2,x"], "whole numbers separated by commas"),
         (["simulate", "--ranks", "2,0"], "one rank >= 1 for every client"),

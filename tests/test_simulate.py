@@ -16,6 +16,7 @@ from hetlora_agg import (
     InputValueError,
     LowRank,
     aggregate_layers,
+    resolve,
 )
 from hetlora_agg.simulate import (
     Settings,
@@ -32,7 +33,7 @@ from hetlora_agg.simulate import (
 from hetlora_agg.simulate.data import Examples, split_digits
 from hetlora_agg.simulate.federation import Server
 from hetlora_agg.simulate.local import Start, train_adapter
-from hetlora_agg.simulate.loop import entry_of, local_updates
+from hetlora_agg.simulate.loop import local_updates
 from hetlora_agg.simulate.network import (
     Linear,
     LoRALinear,
@@ -48,7 +49,7 @@ SHORT = {"rounds": 3, "local_epochs": 1}
 
 
 def side_of(federation, method):
-    entry = entry_of(method)
+    entry = resolve(method)
     return SIDES[entry.client](federation, entry)
 
 
@@ -410,7 +411,7 @@ def test_max_rank_is_for_all_methods():
 
 @pytest.mark.parametrize("call", [simulate, lambda method, **kw: simulate_many([method], **kw)])
 def test_an_unknown_method_is_an_error_that_names_the_nearest(call):
-    with pytest.raises(InputValueError, match="did you mean 'flexlora'"):
+    with pytest.raises(InputValueError, match="did you mean 'fedrot' or 'flexlora'"):
         call("flexlroa", **SHORT)
 
 

@@ -22,6 +22,7 @@ from hetlora_agg.registry import CLIENTS as CLIENTS
 from hetlora_agg.registry import METHODS as METHODS
 from hetlora_agg.registry import MethodEntry as MethodEntry
 from hetlora_agg.registry import method as method
+from hetlora_agg.registry import resolve as resolve
 from hetlora_agg.reports import Comparison as Comparison
 from hetlora_agg.reports import Report as Report
 from hetlora_agg.rounds import align_rounds as align_rounds
@@ -51,6 +52,7 @@ __all__ = [
     "diagnose",
     "distribute",
     "method",
+    "resolve",
 ]
 
 __version__ = "0.1.0"

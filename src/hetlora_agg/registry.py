@@ -114,8 +114,7 @@ class MethodEntry:
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the method's own keyword arguments, sorted."""
-        parameters = list(inspect.signature(self.run).parameters.values())[1:]
-        return tuple(sorted(p.name for p in parameters))
+        return tuple(sorted(list(inspect.signature(self.run).parameters)[1:]))
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -208,8 +207,7 @@ def method(
     """
 
     def enter(run: Run) -> Run:
-        unknown = sorted(set(claims) - set(CLAIMS))
-        if unknown:
+        if unknown := sorted(set(claims) - set(CLAIMS)):
             raise InputValueError(
                 f"method {run.__name__!r}: unknown claims {unknown}; known: {sorted(CLAIMS)}"
             )
@@ -238,19 +236,31 @@ def method(
 
 
 def resolve(method: str | Run) -> MethodEntry:
-    """The entry of a method given by name or as a function; functions need no registration."""
+    """The entry of a method given by name or as a function; functions need no registration.
+
+    Args:
+        method: a name from ``METHODS``, or a function ``Components -> AggregationResult``.
+
+    Returns:
+        Its `MethodEntry`; for an unregistered function one without claims.
+
+    Raises:
+        InputValueError, InputTypeError: no method has this name, or neither name nor function.
+
+    Example:
+        >>> import hetlora_agg
+        >>> hetlora_agg.resolve("rb").reference
+        'acl:2026.findings-eacl.88'
+    """
     if isinstance(method, str):
         if method not in METHODS:
             raise InputValueError(unknown_name("method", method, METHODS))
         return METHODS[method]
     if not callable(method):
-        raise InputTypeError(
-            f"method: expected a name or a function of Components, got {type(method).__name__}; "
-            f"names: {sorted(METHODS)}"
-        )
-    for entry in METHODS.values():
-        if entry.run is method:
-            return entry
+        found = f"got {type(method).__name__}; names: {sorted(METHODS)}"
+        raise InputTypeError(f"method: expected a name or a function of Components, {found}")
+    if known := [entry for entry in METHODS.values() if entry.run is method]:
+        return known[0]
     try:
         inspect.signature(method)
     except ValueError as error:
@@ -260,13 +270,14 @@ def resolve(method: str | Run) -> MethodEntry:
 
 def check_options(entry: MethodEntry, options: Mapping[str, Any]) -> None:
     """Refuse options the method does not have, before anything is computed."""
+    if _takes_anything(entry.run):
+        return
     for name in options:
-        if name not in entry.options and not _takes_anything(entry.run):
-            raise InputTypeError(
-                unknown_name(f"option of method {entry.name!r}", name, entry.options)
-            )
+        if name not in entry.options:
+            what = f"option of method {entry.name!r}"
+            raise InputTypeError(unknown_name(what, name, entry.options))
     missing = sorted(set(entry.needs) - set(options))
-    if missing and not _takes_anything(entry.run):
+    if missing:
         raise InputTypeError(
             f"method {entry.name!r} needs {', '.join(_described(entry, m) for m in missing)}"
         )

@@ -222,7 +222,7 @@ def test_wrong_options_are_refused_at_once(options, error):
 
 
 def test_unknown_methods_and_results_that_cannot_be_sliced_are_refused_at_once():
-    with pytest.raises(InputValueError, match="unknown method 'rbb'; known"):
+    with pytest.raises(InputValueError, match="unknown method 'rbb'; did you mean 'rb'"):
         Server("rbb", lora_alpha=1)
 
     def stacked(c):

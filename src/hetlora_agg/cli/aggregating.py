@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hetlora_agg import METHODS, InputValueError
+from hetlora_agg import InputValueError, resolve
 from hetlora_agg.adapters import Adapter, aggregate_adapters
 from hetlora_agg.cli.adapters import Bar, add_folders, emit, integers, rank, read_all, table
 
@@ -80,10 +80,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _plan(adapters: dict[str, Adapter], arguments: argparse.Namespace) -> dict[str, Any]:
     """What would be done, from headers alone."""
-    if arguments.method not in METHODS:
-        raise InputValueError(
-            f"unknown method {arguments.method!r}; known: {', '.join(sorted(METHODS))}"
-        )
+    entry = resolve(arguments.method)
     layers = dict.fromkeys(layer for adapter in adapters.values() for layer in adapter.layers)
     rows = []
     for layer in layers:
@@ -111,7 +108,7 @@ def _plan(adapters: dict[str, Adapter], arguments: argparse.Namespace) -> dict[s
         )
     targets = [p for p in (arguments.out, arguments.per_client_out) if p is not None]
     return {
-        "method": arguments.method,
+        "method": entry.name,
         "clients": list(adapters),
         "layers": rows,
         "would_write": [str(path) for path in targets],

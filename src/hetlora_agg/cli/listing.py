@@ -7,10 +7,9 @@ import json
 import shutil
 import textwrap
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
-from hetlora_agg import METHODS, InputValueError
+from hetlora_agg import METHODS, resolve
 
 
 def add_methods(parser: argparse.ArgumentParser) -> None:
@@ -22,12 +21,7 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
 
 def _methods(arguments: argparse.Namespace) -> None:
     """Print what the registry knows of every method, as docs/methods.md has it."""
-    unknown = [name for name in arguments.names if name not in METHODS]
-    if unknown:
-        near = get_close_matches(unknown[0], METHODS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputValueError(f"unknown method {unknown[0]!r}; {hint}known: {sorted(METHODS)}")
-    rows = [METHODS[name].describe() for name in sorted(arguments.names or METHODS)]
+    rows = [resolve(name).describe() for name in sorted(arguments.names or METHODS)]
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from hetlora_agg import (
     CLIENTS,
-    METHODS,
     AggregationResult,
     ClientUpdate,
     InputTypeError,
@@ -22,6 +21,7 @@ from hetlora_agg import (
     MethodEntry,
     aggregate_layers,
     distribute,
+    resolve,
 )
 from hetlora_agg.adapters import Adapter
 from hetlora_agg.integrations.handing import (
@@ -108,7 +108,7 @@ class Server:
             )
         self.method, self.options = method, dict(options or {})
         self.scaling, self.lora_alpha, self.global_rank = scaling, lora_alpha, global_rank
-        self._entry = _entry(method)
+        self._entry = resolve(method)
         self._generator = torch.Generator().manual_seed(seed)
         self._sizes: dict[Hashable, dict[str, Size]] = {}
         self._largest: dict[str, int] = {}
@@ -214,16 +214,6 @@ class Server:
             (factors,) = distribute(results[layer], [self.global_rank or largest])
             made.update(zip(part.keys, part.folded(factors), strict=True))
         return made
-
-
-def _entry(method: str | Callable[..., AggregationResult]) -> MethodEntry:
-    """What is known of a method; of a function that is no method, its parameters."""
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise InputValueError(f"unknown method {method!r}; known: {sorted(METHODS)}")
-        return METHODS[method]
-    named = next((entry for entry in METHODS.values() if entry.run is method), None)
-    return named or MethodEntry(getattr(method, "__name__", "method"), method, "", {})
 
 
 def _check_result(result: AggregationResult, entry: MethodEntry) -> None:

@@ -61,8 +61,8 @@ def fedhl(
 
     ``ΔW_{t+1} = ΔW_t + Σ_k w_k (s_k B_k A_k − ΔW_t^{(r_k)})``, ``w_k ∝ 1 / (e_k² + ε)``,
     ``e_k = ‖ΔW_t − ΔW_t^{(r_k)}‖_F²``. In components, ``Σ w_k ΔW_k + Σ_j (1 − c_j) b_j a_j`` with
-    ``c_j = Σ_{r_k ≥ j} w_k``: what a client could not hold is not taken for forgotten. Clients with
-    other slots than the leading ones are taken to have started from those.
+    ``c_j = Σ_{r_k ≥ j} w_k``: what a client could not hold is not taken for forgotten. A
+    client with other slots than the leading ones had the components of those.
 
     Args:
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.

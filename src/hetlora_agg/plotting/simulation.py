@@ -33,16 +33,7 @@ def plot_simulation(results: SimulationResult | Mapping[str, Runs]) -> Figure:
         InputValueError: there is nothing to draw.
         ImportError: matplotlib is missing; the message names the extra that brings it.
     """
-    figure_type = require_matplotlib()
-    runs = _by_label(results)
-    if not runs:
-        raise InputValueError(
-            "plot_simulation: expected at least one method that ran, got none; "
-            "see the reason in each result's .skipped"
-        )
-    height = max(4.2, 1.6 + 0.24 * len(runs))
-    figure = figure_type(figsize=(11, height), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    runs, figure, (left, right) = _two_panels(results, "plot_simulation")
     _draw_accuracy(left, _curves(runs, "accuracy", first_round=0))
     _draw_noise(right, _curves(runs, "aggregation_noise", first_round=1))
     first = next(iter(runs.values()))
@@ -67,26 +58,34 @@ def plot_energy(results: SimulationResult | Mapping[str, Runs]) -> Figure:
         InputValueError: there is nothing to draw.
         ImportError: matplotlib is missing; the message names the extra that brings it.
     """
-    figure_type = require_matplotlib()
-    runs = _by_label(results)
-    if not runs:
-        raise InputValueError(
-            "plot_energy: expected at least one method that ran, got none; "
-            "see the reason in each result's .skipped"
-        )
-    height = max(4.2, 1.6 + 0.24 * len(runs))
-    figure = figure_type(figsize=(11, height), dpi=150, layout="constrained")
+    runs, figure, both = _two_panels(results, "plot_energy")
     panels = {
         "energy_ratio": "energy within the smallest client rank (1: collapse)",
         "effective_rank": "effective rank",
     }
-    for axes, (what, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    for axes, (what, title) in zip(both, panels.items(), strict=True):
         curves = _curves(runs, what, first_round=1)
         for curve in curves:
             axes.plot(curve.x, curve.y, **curve.style)
         frame(axes, title, "round")
         name_lines(axes, curves)
     return figure
+
+
+def _two_panels(
+    results: SimulationResult | Mapping[str, Runs], what: str
+) -> tuple[dict[str, tuple[SimulationResult, ...]], Figure, Sequence[Axes]]:
+    """The runs by label and a figure of two panels, high enough for their names."""
+    figure_type = require_matplotlib()
+    runs = _by_label(results)
+    if not runs:
+        raise InputValueError(
+            f"{what}: expected at least one method that ran, got none; "
+            "see the reason in each result's .skipped"
+        )
+    height = max(4.2, 1.6 + 0.24 * len(runs))
+    figure = figure_type(figsize=(11, height), dpi=150, layout="constrained")
+    return runs, figure, figure.subplots(1, 2)
 
 
 def _by_label(

@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from hetlora_agg import (
-    METHODS,
     AggregationResult,
     ClientUpdate,
-    InputValueError,
-    MethodEntry,
     aggregate_layers,
+    resolve,
 )
 from hetlora_agg.simulate.federation import Federation, Results, Server, Stream
 from hetlora_agg.simulate.local import Start, train_adapter
@@ -56,7 +53,7 @@ def run(
     **options: Any,
 ) -> SimulationResult:
     """All rounds of one method in a federation that is ready; see `simulate`."""
-    entry = entry_of(method)
+    entry = resolve(method)
     label = label or entry.name
     side = SIDES[entry.client](federation, entry)
     server = Server(federation.network, federation.network)
@@ -147,20 +144,3 @@ def supplied(side: Slice, server: Server, cohort: Sequence[int], number: int) ->
         **side.options(server, cohort, number),
     }
     return {name: value for name, value in known.items() if name in side.entry.options}
-
-
-def entry_of(method: Method) -> MethodEntry:
-    """What is known of a method; a function that is not registered has clients that slice.
-
-    Raises:
-        InputValueError: no method has this name.
-    """
-    if not isinstance(method, str):
-        known = next((entry for entry in METHODS.values() if entry.run is method), None)
-        name = getattr(method, "__name__", "method")
-        return known or MethodEntry(name, method, "", {})
-    if method not in METHODS:
-        near = get_close_matches(method, METHODS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputValueError(f"unknown method {method!r}; {hint}known: {sorted(METHODS)}")
-    return METHODS[method]

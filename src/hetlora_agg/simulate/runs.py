@@ -7,9 +7,16 @@ from dataclasses import fields
 from inspect import signature
 from typing import Any
 
-from hetlora_agg import METHODS, HetLoRAError, InputTypeError, InputValueError, aggregate_layers
+from hetlora_agg import (
+    METHODS,
+    HetLoRAError,
+    InputTypeError,
+    InputValueError,
+    aggregate_layers,
+    resolve,
+)
 from hetlora_agg.simulate.federation import build_federation
-from hetlora_agg.simulate.loop import Method, Progress, entry_of, run
+from hetlora_agg.simulate.loop import Method, Progress, run
 from hetlora_agg.simulate.result import Settings, SimulationResult
 
 # Keywords that aggregate_layers takes whatever the method.
@@ -114,7 +121,7 @@ def simulate_many(
     names = {item.name for item in fields(Settings)}
     settings = Settings(**{key: value for key, value in keywords.items() if key in names})
     options = {key: value for key, value in keywords.items() if key not in names}
-    accepted = {label: _COMMON.union(entry_of(method).options) for label, method in chosen.items()}
+    accepted = {label: _COMMON.union(resolve(method).options) for label, method in chosen.items()}
     unknown = sorted(set(options).difference(*accepted.values()))
     if unknown:
         raise InputTypeError(
@@ -137,7 +144,7 @@ def _labelled(methods: Iterable[Method] | Mapping[str, Method]) -> dict[str, Met
     if isinstance(methods, Mapping):
         return dict(methods)
     chosen = list(methods)
-    labels = [entry_of(method).name for method in chosen]
+    labels = [resolve(method).name for method in chosen]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise InputValueError(

@@ -17,10 +17,11 @@ from hetlora_agg import (
     LowRank,
     aggregate,
     distribute,
+    resolve,
 )
 from hetlora_agg.linalg import svd_product
 from hetlora_agg.simulate.federation import Federation, Server, build_federation
-from hetlora_agg.simulate.loop import Method, entry_of, play
+from hetlora_agg.simulate.loop import Method, play
 from hetlora_agg.simulate.measures import squared_singular_values
 from hetlora_agg.simulate.network import Network, accuracy
 from hetlora_agg.simulate.result import Settings
@@ -170,7 +171,7 @@ def idle_recursion(
         >>> [round(ratio, 3) for ratio in idle.energy_ratio]  # 2² / (2² + 1²), 2² / (2² + ½²)
         [0.8, 0.941]
     """
-    entry, widest = entry_of(method), max(ranks)
+    entry, widest = resolve(method), max(ranks)
     sigma = range(widest, 0, -1) if singular_values is None else singular_values
     for name, given, expected in (
         ("weights", weights, len(ranks)),
@@ -246,7 +247,7 @@ def collapse_in_training(
 
 def _collapse(federation: Federation, method: Method) -> Collapse:
     """One method's rounds."""
-    entry, smallest = entry_of(method), min(federation.settings.ranks)
+    entry, smallest = resolve(method), min(federation.settings.ranks)
     side = SIDES[entry.client](federation, entry)
     server = Server(federation.network, federation.network)
     scores, total, change = [accuracy(server.whole, federation.test)], [], []

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from hetlora_agg import ClientUpdate, aggregate_layers
+from hetlora_agg import ClientUpdate, aggregate_layers, resolve
 from hetlora_agg.simulate.data import dirichlet_split, load_digits, split_digits
 from hetlora_agg.simulate.federation import Federation, Server, Stream, stream
 from hetlora_agg.simulate.local import train_adapter
-from hetlora_agg.simulate.loop import Method, entry_of
+from hetlora_agg.simulate.loop import Method
 from hetlora_agg.simulate.network import Training, accuracy, fold, pretrain
 from hetlora_agg.simulate.result import Settings
 from hetlora_agg.simulate.sides import SIDES
@@ -135,7 +135,7 @@ def dilution_and_rescue(
     updates = _trained(federation, clients)
 
     def score(sent: Updates, method: Method, options: Mapping[str, Any]) -> float:
-        results = aggregate_layers(sent, entry_of(method).run, **options)
+        results = aggregate_layers(sent, resolve(method).run, **options)
         totals = {name: result.total() for name, result in results.items()}
         return accuracy(fold(network, totals), test)
 
@@ -177,7 +177,7 @@ def _federation(seed: int, clients: StrongAndWeak) -> Federation:
 def _trained(federation: Federation, clients: StrongAndWeak) -> dict[str, list[ClientUpdate]]:
     """One round of local training, by layer, the strong client's update first."""
     # The usual clients; before the first result nothing depends on the method.
-    side = SIDES["slice"](federation, entry_of("flora"))
+    side = SIDES["slice"](federation, resolve("flora"))
     server, everybody = Server(federation.network, federation.network), federation.cohorts[0]
     updates: dict[str, list[ClientUpdate]] = {name: [] for name in federation.network}
     for client, start in enumerate(side.starts(server, everybody, 1)):
