@@ -12,9 +12,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from hetlora_agg.checks import as_fraction, as_integer, as_number
+from hetlora_agg.checks import as_fraction, as_integer, as_number, check_choice
 from hetlora_agg.components import Components
-from hetlora_agg.errors import InputValueError
+from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.linalg import component_peaks, squared_norms
 from hetlora_agg.registry import Statistic
 
@@ -33,6 +33,9 @@ WEIGHTINGS: Mapping[str, Callable[[Components], Tensor]] = MappingProxyType(
     {"examples": examples, "uniform": uniform}
 )
 """The masses that methods offer by name."""
+
+Weighting = str | Callable[[Components], Tensor]
+"""A mass by its name, or a function that gives every client's coefficient itself, ``(K,)``."""
 
 
 def layer_update_norm(c: Components) -> Tensor:
@@ -96,6 +99,30 @@ def client_share(c: Components, mass: Tensor, total: float | None = None) -> Ten
     if total is not None:
         return (mass / as_number(total, "total", zero=False))[..., c.client]
     return normalised(mass)[..., c.client]
+
+
+def weighted_share(c: Components, weighting: Weighting, total: float | None = None) -> Tensor:
+    """Share of every component under a weighting, ``(*layers or (), R)``.
+
+    A name is a mass, divided by its sum or by ``total``. What a function returns are the
+    coefficients themselves, used as they are: a rule that clips gives less than the whole.
+    """
+    if not callable(weighting):
+        check_choice("weighting", weighting, sorted(WEIGHTINGS))
+        return client_share(c, WEIGHTINGS[weighting](c), total)
+    if total is not None:
+        raise InputValueError("total=: a weighting function gives the coefficients themselves")
+    given = weighting(c)
+    clients = len(c.ranks)
+    if not isinstance(given, Tensor) or given.shape[-1:] != (clients,):
+        found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise InputTypeError(
+            f"weighting: expected the function to return a tensor of {clients} coefficients, one "
+            f"for each client, got {found}"
+        )
+    if not bool((torch.isfinite(given) & (given >= 0)).all()):
+        raise InputValueError("weighting: expected coefficients that are finite and >= 0")
+    return given.to(c.weight)[..., c.client]
 
 
 def normalised(mass: Tensor) -> Tensor:

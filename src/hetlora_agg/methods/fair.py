@@ -9,7 +9,7 @@ from hetlora_agg.components import Components
 from hetlora_agg.linalg import solve_gram
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
-from hetlora_agg.weighting import client_share, examples
+from hetlora_agg.weighting import Weighting, weighted_share
 
 
 @method(
@@ -21,7 +21,9 @@ from hetlora_agg.weighting import client_share, examples
         "idle_coverage": {"regularisation": 0.0},
     },
 )
-def fair(c: Components, *, regularisation: float = 0.01) -> AggregationResult:
+def fair(
+    c: Components, *, regularisation: float = 0.01, weighting: Weighting = "examples"
+) -> AggregationResult:
     """Averages the factors apart, then corrects B so that the product is nearest the exact mean.
 
     ``ΔB = (Σ p_k B_k (A_k Āᵀ) − B̄ Ā Āᵀ)(Ā Āᵀ + λ I)⁻¹``, the minimiser of
@@ -31,6 +33,8 @@ def fair(c: Components, *, regularisation: float = 0.01) -> AggregationResult:
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
         regularisation: λ >= 0, in units of the mean squared norm of a row of Ā. 0 takes the
             pseudo-inverse: the best B there is for Ā.
+        weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
+            returns the clients' coefficients, such as `robustness.geomed`.
 
     Returns:
         Factors of the largest rank, leading slots for every smaller one.
@@ -55,7 +59,7 @@ def fair(c: Components, *, regularisation: float = 0.01) -> AggregationResult:
     Deviations: the published method takes gradient steps on a cosine similarity with a fixed λ.
     """
     level = as_number(regularisation, "regularisation=", zero=True)
-    share = client_share(c, examples(c))
+    share = weighted_share(c, weighting)
     mean = average_factors(c, share)
     # ΔB does not depend on the size of A, and is proportional to that of B.
     size_A, size_B = (_size(X) for X in (c.A, c.B))

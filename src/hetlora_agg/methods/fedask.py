@@ -8,7 +8,7 @@ from hetlora_agg.drawing import Generator, normal
 from hetlora_agg.linalg import orthonormal_columns
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
-from hetlora_agg.weighting import client_share, examples
+from hetlora_agg.weighting import Weighting, weighted_share
 
 OVERSAMPLING = 8
 """Columns of the sketch beyond the wanted rank."""
@@ -32,6 +32,7 @@ def fedask(
     rank: Rank = None,
     sketch: int | None = None,
     generator: Generator | None = None,
+    weighting: Weighting = "examples",
     split: str = "balanced",
 ) -> AggregationResult:
     """Sketches the exact mean twice with messages that are plain sums over clients.
@@ -45,6 +46,8 @@ def fedask(
         rank: None for the largest participating rank, "full" for no truncation, or an integer.
         sketch: columns of the Gaussian Ω; None is the rank and 8 more.
         generator: draws Ω; None takes one Ω from seed 0 for every layer and in every call.
+        weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
+            returns the clients' coefficients, such as `robustness.geomed`.
         split: "balanced", "left" (all of S in B) or "right" (all of S in A).
 
     Returns:
@@ -71,7 +74,7 @@ def fedask(
     sketch and rank reach the rank of the mean, which can be R. The clients' messages by themselves
     are `clients.sketch` and `clients.project`.
     """
-    mean = stack(c, client_share(c, examples(c)))
+    mean = stack(c, weighted_share(c, weighting))
     largest = min(mean.rank, *mean.dense_shape[-2:])
     wanted = min(as_rank(rank, default=c.max_rank) or largest, largest)
     width = min(wanted + OVERSAMPLING, largest)

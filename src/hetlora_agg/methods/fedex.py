@@ -4,7 +4,7 @@ from hetlora_agg.combining import average_factors, stack
 from hetlora_agg.components import Components
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
-from hetlora_agg.weighting import client_share, examples
+from hetlora_agg.weighting import Weighting, weighted_share
 
 
 @method(
@@ -19,7 +19,7 @@ from hetlora_agg.weighting import client_share, examples
         "idle_coverage": {},
     },
 )
-def fedex(c: Components) -> AggregationResult:
+def fedex(c: Components, *, weighting: Weighting = "examples") -> AggregationResult:
     """Averages the factors apart and returns the error of doing so, for the base weight.
 
     ``A_g = Σ p_k pad(A_k)``, ``B_g = Σ p_k pad(B_k)``, residual ``Σ p_k ΔW_k − B_g A_g``: factors
@@ -27,6 +27,8 @@ def fedex(c: Components) -> AggregationResult:
 
     Args:
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
+        weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
+            returns the clients' coefficients, such as `robustness.geomed`.
 
     Returns:
         Factors of the largest rank, and the residual as factors of rank at most ``R + r_max``.
@@ -47,6 +49,6 @@ def fedex(c: Components) -> AggregationResult:
 
     Deviations: the residual is never formed densely. Weighted by examples.
     """
-    share = client_share(c, examples(c))
+    share = weighted_share(c, weighting)
     factors = average_factors(c, share)
     return result_of(factors, residual=stack(c, share).minus(factors))

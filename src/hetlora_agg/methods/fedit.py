@@ -5,7 +5,7 @@ from hetlora_agg.components import Components
 from hetlora_agg.errors import InputValueError
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
-from hetlora_agg.weighting import client_share, examples
+from hetlora_agg.weighting import Weighting, weighted_share
 
 
 @method(
@@ -18,13 +18,15 @@ from hetlora_agg.weighting import client_share, examples
         "split_client": {},
     },
 )
-def fedit(c: Components) -> AggregationResult:
+def fedit(c: Components, *, weighting: Weighting = "examples") -> AggregationResult:
     """Averages the A's and the B's apart; equal ranks only.
 
     ``A_g = Σ p_k A_k``, ``B_g = Σ p_k B_k``, ``p_k = n_k / Σ n``.
 
     Args:
         c: clients of one rank, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
+        weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
+            returns the clients' coefficients, such as `robustness.geomed`.
 
     Returns:
         Factors of the clients' rank; slicing them is the method's own answer for fewer slots.
@@ -55,4 +57,4 @@ def fedit(c: Components) -> AggregationResult:
             f"{c.n_slots} slots; use 'zeropad' "
             "for the same average with zero-padding, or 'rb' to leave high ranks undiluted"
         )
-    return result_of(average_factors(c, client_share(c, examples(c))))
+    return result_of(average_factors(c, weighted_share(c, weighting)))

@@ -7,7 +7,7 @@ from hetlora_agg.errors import OptionValueError
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.rotating import rotate_to
 from hetlora_agg.types import AggregationResult, LowRank, result_of
-from hetlora_agg.weighting import client_share, examples
+from hetlora_agg.weighting import Weighting, weighted_share
 
 
 @method(
@@ -26,6 +26,7 @@ def fedrot(
     previous: LowRank | AggregationResult | None,
     round: int,
     strength: float = 0.4,
+    weighting: Weighting = "examples",
 ) -> AggregationResult:
     """Rotates every client's factors towards last round's, then averages A's and B's apart.
 
@@ -40,6 +41,8 @@ def fedrot(
         round: number of this round, from 1.
         strength: λ in [0, 1]; 0 does not rotate, 1 goes all the way. Below 1 a square ``R_k`` is
             the nearest rotation proper (determinant 1), at 1 it may reflect.
+        weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
+            returns the clients' coefficients, such as `robustness.geomed`.
 
     Returns:
         Factors of the reference's rank, leading slots for every smaller one.
@@ -75,4 +78,4 @@ def fedrot(
     notes: tuple[str, ...] = ()
     if reference is not None:
         c, notes = rotate_to(c, reference, "A" if number % 2 else "B", blend)
-    return result_of(average_factors(c, client_share(c, examples(c))), notes=notes)
+    return result_of(average_factors(c, weighted_share(c, weighting)), notes=notes)

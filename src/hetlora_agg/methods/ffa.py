@@ -4,7 +4,7 @@ from hetlora_agg.combining import average_factors, common_rows
 from hetlora_agg.components import Components
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
-from hetlora_agg.weighting import client_share, examples
+from hetlora_agg.weighting import Weighting, weighted_share
 
 
 @method(
@@ -21,13 +21,15 @@ from hetlora_agg.weighting import client_share, examples
     unscaled="A",
     common=True,
 )
-def ffa(c: Components) -> AggregationResult:
+def ffa(c: Components, *, weighting: Weighting = "examples") -> AggregationResult:
     """Averages zero-padded B's under an A that is common to all clients and never trained.
 
     ``B_g = Σ p_k pad(B_k)``, ``A_g = A``: then ``B_g A = Σ p_k B_k A_k`` exactly.
 
     Args:
         c: clients with one A, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
+        weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
+            returns the clients' coefficients, such as `robustness.geomed`.
 
     Returns:
         The common A and the averaged B; only B replaces the clients' (``shared == {"B"}``).
@@ -50,5 +52,5 @@ def ffa(c: Components) -> AggregationResult:
 
     Deviations: weighted by examples. The scaling goes whole into B, or A would not be common.
     """
-    B = average_factors(c, client_share(c, examples(c))).B
+    B = average_factors(c, weighted_share(c, weighting)).B
     return result_of(LowRank(common_rows(c), B), shared=frozenset("B"))

@@ -5,7 +5,7 @@ from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress, divide
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
-from hetlora_agg.weighting import client_share, examples
+from hetlora_agg.weighting import Weighting, weighted_share
 
 
 @method(
@@ -26,6 +26,7 @@ def flexlora(
     rank: Rank = None,
     energy: float | None = None,
     fold_rest: bool = False,
+    weighting: Weighting = "examples",
     split: str = "balanced",
 ) -> AggregationResult:
     """Takes the exact mean of the updates and its best approximation of the wanted rank.
@@ -38,6 +39,8 @@ def flexlora(
         energy: τ in (0, 1]: the smallest rank whose squared singular values reach the share τ, per
             layer; ``rank`` caps it if given.
         fold_rest: hand all discarded components back as ``residual``: then the total is exact.
+        weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
+            returns the clients' coefficients, such as `robustness.geomed`.
         split: "balanced", "left" (all of S in B) or "right" (all of S in A).
 
     Returns:
@@ -62,7 +65,7 @@ def flexlora(
 
     Deviations: none in exact arithmetic; the dense matrix is not formed.
     """
-    mean = stack(c, client_share(c, examples(c)))
+    mean = stack(c, weighted_share(c, weighting))
     if not fold_rest:
         return result_of(compress(mean, rank, default=c.max_rank, energy=energy, split=split))
     whole = compress(mean, "full", split=split)

@@ -4,7 +4,7 @@ from hetlora_agg.combining import stack
 from hetlora_agg.components import Components
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
-from hetlora_agg.weighting import client_share, examples
+from hetlora_agg.weighting import Weighting, weighted_share
 
 
 @method(
@@ -19,13 +19,15 @@ from hetlora_agg.weighting import client_share, examples
     },
     client="restart",
 )
-def flora(c: Components) -> AggregationResult:
+def flora(c: Components, *, weighting: Weighting = "examples") -> AggregationResult:
     """Stacks all clients' components: the exact mean of the updates, at rank ``Σ r_k``.
 
     ``A_g = [p_1 A_1; …; p_K A_K]``, ``B_g = [B_1 … B_K]``, so ``B_g A_g = Σ p_k ΔW_k``.
 
     Args:
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
+        weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
+            returns the clients' coefficients, such as `robustness.geomed`.
 
     Returns:
         Factors of rank R, not nested: fold them into the base weight and let the clients draw a
@@ -46,4 +48,4 @@ def flora(c: Components) -> AggregationResult:
 
     Deviations: none.
     """
-    return result_of(stack(c, client_share(c, examples(c))), nested=False)
+    return result_of(stack(c, weighted_share(c, weighting)), nested=False)

@@ -8,7 +8,7 @@ from hetlora_agg.compression import Rank, as_rank, compress
 from hetlora_agg.linalg import column_space, row_space
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
-from hetlora_agg.weighting import client_share, examples
+from hetlora_agg.weighting import Weighting, weighted_share
 
 
 @method(
@@ -23,7 +23,13 @@ from hetlora_agg.weighting import client_share, examples
         "idle_coverage": {},
     },
 )
-def glora(c: Components, *, rank: Rank = None, split: str = "balanced") -> AggregationResult:
+def glora(
+    c: Components,
+    *,
+    rank: Rank = None,
+    weighting: Weighting = "examples",
+    split: str = "balanced",
+) -> AggregationResult:
     """Takes the mean of the updates within the r input directions that the clients agree on most.
 
     ``M = Σ p_k A_kᵀ (A_k A_kᵀ)⁺ A_k``, the mean of the projections onto the clients' row spaces;
@@ -32,6 +38,8 @@ def glora(c: Components, *, rank: Rank = None, split: str = "balanced") -> Aggre
     Args:
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
         rank: r; None for the largest participating rank, "full" for no truncation, or an integer.
+        weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
+            returns the clients' coefficients, such as `robustness.geomed`.
         split: "balanced", "left" (all of S in B) or "right" (all of S in A).
 
     Returns:
@@ -58,7 +66,7 @@ def glora(c: Components, *, rank: Rank = None, split: str = "balanced") -> Aggre
     Deviations: V does not depend on the size of the updates, only on where they look. Exact iff r
     reaches the dimension of the joint row space. Equal eigenvalues at the cut leave V open.
     """
-    share = client_share(c, examples(c))
+    share = weighted_share(c, weighting)
     rows = torch.zeros_like(c.A, dtype=torch.float64)
     for _, components in c.rank_groups:
         basis = row_space(c.of_clients(components)[0])

@@ -11,7 +11,7 @@ from hetlora_agg.errors import OptionValueError
 from hetlora_agg.linalg import SPLITS, norms, orthonormal_columns
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
-from hetlora_agg.weighting import client_share, examples
+from hetlora_agg.weighting import Weighting, weighted_share
 
 
 @method(
@@ -31,6 +31,7 @@ def ilora(
     *,
     rank: Rank = None,
     initial: LowRank | None = None,
+    weighting: Weighting = "examples",
     split: str = "balanced",
 ) -> AggregationResult:
     """Takes the exact mean of the updates and the leading columns of its unpivoted QR.
@@ -44,6 +45,8 @@ def ilora(
         initial: what the clients started from, in units of ΔW: ``Q[:, :r], T[:r]`` of the base
             weight, see `clients.qr_start`; client k had the components of its slots. First round
             only: without it the start would be counted into the update.
+        weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
+            returns the clients' coefficients, such as `robustness.geomed`.
         split: "balanced", "left" (the lengths of T's rows in B) or "right" (Q and T themselves).
 
     Returns:
@@ -73,7 +76,7 @@ def ilora(
     earlier ones, such as those of dead inputs, waste a component; ``.notes`` counts them.
     """
     check_choice("split", split, sorted(SPLITS))
-    share = client_share(c, examples(c))
+    share = weighted_share(c, weighting)
     mean = stack(c, share)
     start = fitting_state("initial", initial, c)
     if start is not None:

@@ -5,7 +5,7 @@ from hetlora_agg.combining import average_factors, common_columns, common_rows
 from hetlora_agg.components import Components
 from hetlora_agg.registry import SYMMETRIC, Factor, method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
-from hetlora_agg.weighting import client_share, examples
+from hetlora_agg.weighting import Weighting, weighted_share
 
 
 def frozen(round: int) -> Factor:
@@ -27,7 +27,7 @@ def frozen(round: int) -> Factor:
     unscaled=frozen,
     common=True,
 )
-def rolora(c: Components, *, round: int) -> AggregationResult:
+def rolora(c: Components, *, round: int, weighting: Weighting = "examples") -> AggregationResult:
     """Averages B in odd rounds and A in even ones, the other factor frozen and common.
 
     Odd: ``B_g = Σ p_k pad(B_k)``, ``A_g = A``. Even: ``A_g = Σ p_k pad(A_k)``, ``B_g = B``.
@@ -37,6 +37,8 @@ def rolora(c: Components, *, round: int) -> AggregationResult:
         c: clients with one common factor, ``A (*layers, R, in_features)``,
             ``B (*layers, out_features, R)``.
         round: number of this round, from 1: B first, since an A under B = 0 gets no gradient.
+        weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
+            returns the clients' coefficients, such as `robustness.geomed`.
 
     Returns:
         The common factor and the averaged one; ``shared`` names the averaged one. `distribute`
@@ -61,7 +63,7 @@ def rolora(c: Components, *, round: int) -> AggregationResult:
     Deviations: weighted by examples. With mixed ranks an even round finds common B's only where
     the clients train the leading slots of one global B.
     """
-    averaged = average_factors(c, client_share(c, examples(c)))
+    averaged = average_factors(c, weighted_share(c, weighting))
     if frozen(round) == "A":
         return result_of(LowRank(common_rows(c), averaged.B), shared=frozenset("B"))
     return result_of(LowRank(averaged.A, common_columns(c)), shared=frozenset("A"))

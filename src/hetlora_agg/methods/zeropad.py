@@ -1,11 +1,10 @@
 """`zeropad`: averages of zero-padded factors."""
 
-from hetlora_agg.checks import check_choice
 from hetlora_agg.combining import average_factors
 from hetlora_agg.components import Components
 from hetlora_agg.registry import SYMMETRIC, method
 from hetlora_agg.types import AggregationResult, result_of
-from hetlora_agg.weighting import WEIGHTINGS, client_share
+from hetlora_agg.weighting import Weighting, weighted_share
 
 
 @method(
@@ -18,14 +17,15 @@ from hetlora_agg.weighting import WEIGHTINGS, client_share
         "idle_coverage_squared": {},
     },
 )
-def zeropad(c: Components, *, weighting: str = "examples") -> AggregationResult:
+def zeropad(c: Components, *, weighting: Weighting = "examples") -> AggregationResult:
     """Averages zero-padded A's and B's apart: the uniform and weighted zero-padding baselines.
 
     ``A_g = Σ w_k pad(A_k)``, ``B_g = Σ w_k pad(B_k)``, ``w_k = n_k / Σ n`` or ``1 / K``.
 
     Args:
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
-        weighting: "examples" for ``w_k = n_k / Σ n``, "uniform" for ``w_k = 1 / K``.
+        weighting: "examples" for ``w_k = n_k / Σ n``, "uniform" for ``w_k = 1 / K``, or a
+            function that returns the clients' coefficients, such as `robustness.geomed`.
 
     Returns:
         Factors of the largest rank, leading slots for every smaller one.
@@ -48,5 +48,4 @@ def zeropad(c: Components, *, weighting: str = "examples") -> AggregationResult:
 
     Deviations: none.
     """
-    check_choice("weighting", weighting, sorted(WEIGHTINGS))
-    return result_of(average_factors(c, client_share(c, WEIGHTINGS[weighting](c))))
+    return result_of(average_factors(c, weighted_share(c, weighting)))
