@@ -1,6 +1,7 @@
 """What a method needs besides the clients' updates, as in a first round, for tests over METHODS."""
 
 from dataclasses import replace
+from inspect import Parameter, Signature
 
 import numpy as np
 import torch
@@ -20,12 +21,21 @@ def state_for(name):
 
 
 def aggregator_for(name, **options):
-    """The method as a function of updates; of ``previous`` too where it cannot do without."""
-    if "previous" in METHODS[name].needs:
-        return lambda updates, previous=None: aggregate(
-            updates, name, **(state_for(name) | {"previous": previous} | options)
-        )
-    return lambda updates: aggregate(updates, name, **(state_for(name) | options))
+    """The method as a function of updates, and of what a trial tells those who ask for it.
+
+    That is ``previous`` where the method cannot do without, and everybody's denominators.
+    """
+    entry = METHODS[name]
+    asked = [k for k in ("previous",) if k in entry.needs]
+    asked += [k for k in ("total", "totals") if k in entry.options]
+
+    def run(updates, **told):
+        return aggregate(updates, name, **(state_for(name) | told | options))
+
+    parameters = [Parameter("updates", Parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += [Parameter(k, Parameter.KEYWORD_ONLY, default=None) for k in asked]
+    run.__signature__ = Signature(parameters)
+    return run
 
 
 def common_of(name):

@@ -123,6 +123,7 @@ def test_simulate_writes_json_and_picture_next_to_each_other(tmp_path, capsys):
         "lora_alpha": 16.0,
         "learning_rate": 0.01,
         "cohorts": None,
+        "sampling": "uniform",
     }
     assert list(record["skipped"]) == ["fedit"]
     assert list(record["methods"]) == ["rb", "zeropad"]

@@ -20,7 +20,7 @@ NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
 
 # A block that needs a package says so in its title, which readers see; nothing else is left out.
 BLOCK = re.compile(r'^```python(?: title="needs ([\w, .-]+)")?\n(.*?)^```', re.S | re.M)
-IMPORTED_AS = {"scikit-learn": "sklearn"}
+IMPORTED_AS = {"scikit-learn": "sklearn", "dp-accounting": "dp_accounting"}
 
 
 def script(name):

@@ -19,14 +19,17 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 FLOORS = [
     {"errors"},
     {"linalg"},
-    {"types", "components"},
+    {"types", "components", "claims"},
     {"registry", "checks"},
+    {"reduction", "sampling"},
     {"weighting", "alignment", "rotating", "drawing", "combining", "compression", "validation"},
     {"core", "intake", "budget"},
+    {"robustness"},
     {"methods"},
     {"running"},
     {"aggregate", "layers", "distribute", "rounds"},
-    {"clients"},
+    {"clients", "privacy"},
+    {"secure"},
     {"reports"},
     {"diagnostics"},
     {"adapters"},
@@ -199,3 +202,91 @@ def test_core_imports_need_torch_numpy_and_safetensors_only():
                 names.add((node.module or "").split(".")[0])
         foreign = names - set(sys.stdlib_module_names) - allowed
         assert foreign <= optional.get(house_name(path), set()), path
+
+
+# What runs code that came as data, starts programs or talks to a network.
+UNSAFE_MODULES = {
+    *("pickle", "cPickle", "_pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve", "code"),
+    *("subprocess", "runpy", "ctypes", "imp", "pty", "popen2"),
+}
+NETWORK = {
+    *("socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib"),
+    *("smtplib", "telnetlib", "socketserver", "xmlrpc", "huggingface_hub", "asyncio"),
+}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
+UNSAFE_ATTRIBUTES = {
+    ("torch", "load"),
+    ("torch", "save"),
+    ("os", "system"),
+    ("os", "popen"),
+    ("os", "execv"),
+    ("os", "execvp"),
+    ("os", "spawnl"),
+    ("os", "spawnv"),
+    ("np", "load"),
+    ("numpy", "load"),
+    ("hub", "load"),
+    ("importlib", "import_module"),
+}
+
+
+def unsafe(tree, network=True):
+    """Lines of a module that could run what came as data, start a program or open a connection."""
+    forbidden = UNSAFE_MODULES | (NETWORK if network else set())
+    # A module whose name is written out is an import like any other.
+    written_out = {
+        id(node.func)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)
+    }
+    for node in ast.walk(tree):
+        modules, names = [], []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+            names = [(modules[0].split(".")[-1], alias.name) for alias in node.names]
+            names = [name for name in names if name[1] != "import_module"]
+        elif isinstance(node, ast.Attribute):
+            value = node.value
+            owner = getattr(value, "id", getattr(value, "attr", ""))
+            if (owner, node.attr) != ("importlib", "import_module") or id(node) not in written_out:
+                names = [(owner, node.attr)]
+        elif isinstance(node, ast.Name) and node.id in UNSAFE_CALLS:
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Name) and node.id == "import_module":
+            if id(node) not in written_out:
+                yield node.lineno, node.id
+        elif isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "trust_remote_code"):
+            yield node.value.lineno, node.arg
+        for module in modules:
+            if module.split(".")[0] in forbidden:
+                yield node.lineno, module
+        for owner, name in names:
+            if (owner, name) in UNSAFE_ATTRIBUTES:
+                yield node.lineno, f"{owner}.{name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_that_came_as_data_is_run(path):
+    # The adapters to frameworks speak over the frameworks' connections.
+    found = list(unsafe(ast.parse(path.read_text()), network=house_name(path) != "integrations"))
+    assert not found, found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("import pickle", "from pickle import loads", "import torch; torch.load(x)"),
+        *("from torch import load", "import numpy as np; np.load(x, allow_pickle=True)"),
+        *("eval(x)", "f = exec", "__import__(x)", "import os; os.system(x)", "import subprocess"),
+        *("from urllib.request import urlopen", "import torch; torch.hub.load(x)", "compile(x)"),
+        *(
+            "from importlib import import_module; import_module(x)",
+            "import importlib; importlib.import_module(x)",
+        ),
+        "g(trust_remote_code=True)",
+    ],
+)
+def test_what_would_run_data_is_found(line):
+    assert list(unsafe(ast.parse(line)))

@@ -15,7 +15,7 @@ import hetlora_agg
 
 PROJECT = Path(__file__).parent.parent
 NAME = f"hetlora_agg-{hetlora_agg.__version__}"
-EXTRAS = {"sim", "plot", "testing", "gpu", "bench", "test", "docs"}
+EXTRAS = {"sim", "plot", "testing", "privacy", "gpu", "bench", "test", "docs"}
 
 MOST_SECONDS = 0.2
 """What importing the package may take beyond torch and numpy."""

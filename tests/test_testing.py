@@ -8,12 +8,20 @@ import pytest
 import torch
 from hypothesis import given
 
-from hetlora_agg import ClientUpdate, InputValueError, LowRank, aggregate
+from hetlora_agg import (
+    CLAIMS,
+    ClientUpdate,
+    InputTypeError,
+    InputValueError,
+    LowRank,
+    aggregate,
+)
 from hetlora_agg.testing import (
     Inapplicable,
     Refuted,
     check_aggregator,
     client_updates,
+    examine,
     parametrize_with_checks,
 )
 
@@ -84,7 +92,49 @@ def averages_factors(updates):
     return A, B
 
 
+def mixes_layers(updates):
+    return exact_mean(updates) + (exact_mean(updates).mean(0) if updates[0].A.dim() > 2 else 0)
+
+
+def counts_who_is_absent(updates):
+    return exact_mean(updates) * sum(u.weight > 0 for u in updates) / len(updates)
+
+
+def divides_by_the_cohort(updates, total=None):
+    return exact_mean(updates)
+
+
+def forgets_to_weight_the_cohort(updates):
+    return exact_mean([replace(u, weight=u.weight**2) for u in updates])
+
+
+def minds_signs(updates):
+    return exact_mean([replace(u, A=u.A.clamp_min(0)) for u in updates])
+
+
+def first_component_twice(updates):
+    return exact_mean(updates) + sum(u.B[..., :1] @ u.A[..., :1, :] for u in updates)
+
+
+def largest_wins(updates):
+    return max((u.scaling * (u.B @ u.A) for u in updates), key=lambda W: float(W.norm()))
+
+
 PLANTED = [
+    (mixes_layers, "layers"),
+    (takes_v_for_its_transpose, "layers"),
+    (counts_who_is_absent, "absent"),
+    (divides_by_the_number_of_clients, "absent"),
+    (divides_by_the_cohort, "cohort"),
+    (forgets_to_weight_the_cohort, "cohort_ratio"),
+    (exact_mean, "slot_ratio"),
+    (averages_factors, "slot_ratio"),
+    (averages_factors, "cohort_equal"),
+    (minds_signs, "component_scale"),
+    (averages_factors, "component_scale"),
+    (first_component_twice, "component_order"),
+    (largest_wins, "bounded_share"),
+    (does_not_normalise, "bounded_share"),
     (forgets_scaling, "exact"),
     (forgets_weights, "split_client"),
     (does_not_normalise, "rescaling"),
@@ -112,6 +162,7 @@ def test_planted_bug_is_found(aggregator, claim):
 
 
 HELD = (
+    "cohort_equal cohort_ratio bounded_share absent layers component_scale component_order "
     "mixed_ranks exact order split_client rescaling homogeneous orthogonal transpose "
     "single_client gauge zero_component idle_coverage"
 )
@@ -135,6 +186,45 @@ def test_parametrize_with_checks(check):
 def test_parametrize_names_its_cases():
     mark = parametrize_with_checks({"mine": (exact_mean, ["exact", "order"])})
     assert [case.id for case in mark.args[1]] == ["mine-exact", "mine-order"]
+
+
+def test_examination_finds_what_the_single_trials_find():
+    found = examine(exact_mean)
+    assert set(found.verdicts) == set(CLAIMS)
+    assert set(found.holds) == set(HELD.split())
+    assert {"consensus", "statistical", "cohort", "slot_ratio", "idle_kept"} < set(found.refuted)
+    assert found.untried == ()
+    assert set(found.holds) | set(found.refuted) == set(CLAIMS)
+    assert found.verdicts["exact"] == "holds"
+    assert found.verdicts["consensus"].startswith("refuted: all owners agree: off by 0.")
+
+
+def test_examination_reports_what_it_cannot_try():
+    flora = examine(partial(aggregate, method="flora"), ["idle_kept", "order"])
+    assert flora.untried == ("idle_kept",)
+    assert "not nested" in flora.verdicts["idle_kept"]
+    fedit = examine(partial(aggregate, method="fedit"), ["mixed_ranks", "order"])
+    assert fedit.refuted == ("mixed_ranks",)
+    assert "raised InputValueError('fedit: expected clients" in fedit.verdicts["order"].replace(
+        '"', "'"
+    )
+
+
+def test_summary_has_one_short_line_for_every_claim():
+    lines = examine(averages_factors, ["exact", "gauge", "order"]).summary().splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["order", "holds"],
+        ["exact", "refuted:"],
+        ["gauge", "refuted:"],
+    ]
+    assert max(map(len, lines)) <= 102
+
+
+def test_examination_refuses_what_it_cannot_examine():
+    with pytest.raises(InputTypeError, match="expected a function of updates, got 'rb'"):
+        examine("rb")
+    with pytest.raises(InputValueError, match="unknown claim 'exakt'; did you mean 'exact'"):
+        examine(exact_mean, ["exakt"])
 
 
 def test_unknown_claim_names_the_nearest():

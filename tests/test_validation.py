@@ -955,8 +955,10 @@ def test_an_unknown_option_names_the_nearest_and_all():
     )
     with refused(match, InputTypeError):
         aggregate(clients(), "rb", rnak=2)
-    with refused("unknown option of method 'flora' 'rank'; known: none", InputTypeError):
-        aggregate_layers({"q": clients()}, "flora", rank=2)
+    with refused(
+        r"unknown option of method 'hetlora' 'rank'; known: \['per_layer'\]", InputTypeError
+    ):
+        aggregate_layers({"q": clients()}, "hetlora", rank=2)
 
 
 def test_functions_are_methods_with_their_own_options():

@@ -319,7 +319,7 @@ def test_a_mass_is_not_a_share(combine, share):
 
 def test_fixed_denominators_are_checked():
     c = components()
-    with pytest.raises(InputValueError, match="totals: expected a finite number > 0"):
+    with pytest.raises(InputValueError, match="totals=: expected a finite number > 0"):
         slot_share(c, examples(c), totals=[1.0, 0.0])
     with pytest.raises(InputValueError, match="total: expected a finite number > 0"):
         client_share(c, examples(c), total=0.0)

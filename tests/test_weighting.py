@@ -1,16 +1,32 @@
-"""Weightings: names are masses, functions give the coefficients themselves."""
+"""Masses and shares: weightings, norms, guards, and the ends of float64."""
 
 from dataclasses import replace
+from fractions import Fraction
+from itertools import product
 
 import pytest
 import torch
 
 from hetlora_agg import METHODS, ClientUpdate, InputTypeError, InputValueError, aggregate
 from hetlora_agg.components import Components
-from hetlora_agg.weighting import weighted_share
+from hetlora_agg.weighting import (
+    capped,
+    client_share,
+    client_squared_norms,
+    coverage,
+    dropped_slots,
+    examples,
+    guarded_share,
+    layer_update_norm,
+    over_all_layers,
+    slot_share,
+    top_share,
+    update_norm,
+    weighted_share,
+)
 from states import fitting, state_for
 
-F64 = torch.float64
+F32, F64 = torch.float32, torch.float64
 TAKERS = sorted(
     name
     for name, entry in METHODS.items()
@@ -120,3 +136,342 @@ def test_coefficients_have_no_total():
 def test_an_unknown_name(name):
     with pytest.raises(InputValueError, match=r"weighting=.*'exmples'; did you mean 'examples'"):
         dense(clients(name, (1, 1, 1)), name, "exmples")
+
+
+# --- shares by hand -----------------------------------------------------------------------------
+
+
+def message(call, *arguments, error=InputValueError, **options):
+    with pytest.raises(error) as caught:
+        call(*arguments, **options)
+    return str(caught.value)
+
+
+def exact_slot_shares(c, mass):
+    """``m_k / N_j`` in fractions; equal shares where all owners of a slot have none."""
+    owner = [k for k, rank in enumerate(c.ranks) for _ in range(rank)]
+    mass = [Fraction(m) for m in mass]
+    owned = [
+        [mass[k] for k, j in zip(owner, c.slots, strict=True) if j == slot] for slot in c.slots
+    ]
+    return [
+        float(mass[k] / sum(own)) if any(own) else 1 / len(own)
+        for k, own in zip(owner, owned, strict=True)
+    ]
+
+
+ENDS = (0.0, 5e-324, 1e-300, 0.5, 1e308)
+
+
+def test_slot_shares_from_end_to_end_of_float64():
+    c = components()
+    every = torch.tensor(list(product(ENDS, repeat=2)), dtype=F64)
+    expected = [exact_slot_shares(c, mass.tolist()) for mass in every]
+    # Whether each mass stands alone or is a layer among others of quite another size.
+    alone = torch.stack([slot_share(c, mass) for mass in every])
+    torch.testing.assert_close(alone, torch.tensor(expected, dtype=F64), rtol=1e-15, atol=0)
+    assert torch.equal(slot_share(c, every), alone)
+
+
+def test_client_shares_from_end_to_end_of_float64():
+    c = components()
+    every = torch.tensor(list(product(ENDS, repeat=2)), dtype=F64)
+    expected = [
+        [float(Fraction(m) / (Fraction(first) + Fraction(second))) for m in (first, second, second)]
+        if first or second
+        else [0.5] * 3
+        for first, second in every.tolist()
+    ]
+    alone = torch.stack([client_share(c, mass) for mass in every])
+    torch.testing.assert_close(alone, torch.tensor(expected, dtype=F64), rtol=1e-15, atol=0)
+    assert torch.equal(client_share(c, every), alone)
+
+
+def test_coverage_and_top_share_by_hand():
+    c = replace(components(), ranks=(2, 1), slots=(0, 2, 0))
+    mass = torch.tensor([[3.0, 1.0], [0.0, 2.0]], dtype=F64)
+    assert coverage(c, mass).tolist() == [[1.0, 0.75, 1.0], [1.0, 0.0, 1.0]]
+    assert top_share(c, mass[0]).tolist() == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"totals": [8.0, 0.5]}, [3 / 8, 1 / 8, 2.0]),
+        ({"totals": [8.0, 0.5, 99.0]}, [3 / 8, 1 / 8, 2.0]),
+        ({"floor": 1.0}, [0.75, 0.25, 0.25]),
+        ({"floor": 0.5}, [0.75, 0.25, 0.5]),
+        ({"floor": 0.25}, [0.75, 0.25, 1.0]),
+        ({"quorum": 1}, [0.75, 0.25, 1.0]),
+        ({"quorum": 2}, [0.75, 0.25, 0.0]),
+        ({"quorum": 3}, [0.0, 0.0, 0.0]),
+        ({"quorum": 2, "totals": [8.0, 0.5]}, [3 / 8, 1 / 8, 0.0]),
+        ({"quorum": 2, "floor": 0.5}, [0.75, 0.25, 0.0]),
+    ],
+)
+def test_guarded_slots_by_hand(options, expected):
+    c = components()
+    share = slot_share(c, examples(c), **options)
+    assert share.tolist() == expected
+    assert share.dtype == F64
+    dropped = {None: (), 1: (), 2: (1,), 3: (0, 1)}[options.get("quorum")]
+    found, gone = guarded_share(c, examples(c), **options)
+    assert found.tolist() == expected
+    assert gone == dropped
+    layers = torch.tensor([[3.0, 1.0], [3.0, 1.0]], dtype=F64)
+    assert slot_share(c, layers, **options).tolist() == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "text"),
+    [
+        (
+            InputValueError,
+            {"totals": [1.0, 2.0], "floor": 0.5},
+            "floor= is relative to the owners' sum; it has no place by totals",
+        ),
+        (
+            InputValueError,
+            {"totals": [1.0]},
+            "totals=: expected a number for each of 2 slots, got 1",
+        ),
+        (InputTypeError, {"totals": 3.0}, "totals=: expected a list, got 3.0"),
+        (InputValueError, {"floor": 0.0}, "floor=: expected a number in (0, 1], got 0.0"),
+        (InputValueError, {"floor": 1.5}, "floor=: expected a number in (0, 1], got 1.5"),
+        (InputValueError, {"quorum": 0}, "quorum=: expected an integer of at least 1, got 0"),
+        (InputTypeError, {"quorum": 1.5}, "quorum=: expected an integer of at least 1, got 1.5"),
+    ],
+)
+def test_what_no_guard_is(error, options, text):
+    c = components()
+    assert message(slot_share, c, examples(c), error=error, **options) == text
+    assert message(guarded_share, c, examples(c), error=error, **options) == text
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf")])
+def test_each_total_is_positive(value):
+    c = components()
+    with pytest.raises(InputValueError, match=r"^totals=: expected a finite number > 0, got \S+$"):
+        slot_share(c, examples(c), totals=[1.0, value])
+
+
+@pytest.mark.parametrize("total", [0.0, -1.0, float("inf")])
+def test_what_no_total_is(total):
+    c = components()
+    text = f"total: expected a finite number > 0, got {total}"
+    assert message(client_share, c, examples(c), total) == text
+    assert message(weighted_share, c, "uniform", total) == text
+
+
+def test_refusals_of_weightings_in_full():
+    c = components()
+    assert message(weighted_share, c, lambda c: c.weight, 2.0) == (
+        "total=: a weighting function gives the coefficients themselves"
+    )
+    assert message(weighted_share, c, lambda c: -c.weight) == (
+        "weighting: expected coefficients that are finite and >= 0"
+    )
+    assert weighted_share(c, lambda c: c.weight).tolist() == [3.0, 1.0, 1.0]
+
+
+# --- weight caps --------------------------------------------------------------------------------
+
+
+def water_filling(mass, cap):
+    """One after the other to the cap, the rest shared as before; in fractions."""
+    mass, cap = [Fraction(m) for m in mass], Fraction(cap)
+    clients, full = len(mass), set()
+    if clients * cap <= 1:
+        return [1 / clients] * clients
+    while True:
+        rest = [k for k in range(clients) if k not in full]
+        whole, left = sum(mass[k] for k in rest), 1 - cap * len(full)
+        own = {k: left * mass[k] / whole if whole else left / len(rest) for k in rest}
+        above = {k for k in rest if own[k] > cap}
+        if not above:
+            return [float(cap) if k in full else float(own[k]) for k in range(clients)]
+        full |= above
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-300, 1e300])
+@pytest.mark.parametrize("clients", [1, 2, 3, 4])
+def test_caps_by_water_filling(clients, unit):
+    every = list(product((0.0, 1.0, 2.0, 7.0), repeat=clients))
+    mass = torch.tensor(every, dtype=F64) * unit
+    for cap in (1 / clients, 0.26, 0.375, 0.5, 0.6, 0.75, 0.99, 1.0):
+        if cap < 1 / clients:
+            continue
+        found = capped(mass, cap)
+        expected = torch.tensor([water_filling(m, cap) for m in every], dtype=F64)
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+        assert bool((found <= cap).all())
+        assert torch.equal(capped(mass[-1], cap), found[-1])
+
+
+def test_the_cap_is_as_sharp_as_float64():
+    # Once the first stands at .4, the second has .4 (1 + 1e-9 / 3): a hair above it, or below.
+    for hair in (1e-9, -1e-9):
+        mass = torch.tensor([10.0, 2.0 * (1 + hair), 1.0], dtype=F64)
+        expected = torch.tensor(water_filling(mass.tolist(), 0.4), dtype=F64)
+        torch.testing.assert_close(capped(mass, 0.4), expected, rtol=1e-15, atol=0)
+
+
+def test_a_cap_that_nobody_reaches_changes_nothing():
+    mass = torch.tensor([5.0, 3.0, 2.0], dtype=F64)
+    for cap in (0.5, 0.7, 1.0):
+        assert torch.equal(capped(mass, cap), torch.tensor([0.5, 0.3, 0.2], dtype=F64))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "slots"),
+    [
+        ({}, [0.625, 0.375, 1.0], ()),
+        ({"floor": 0.5}, [0.625, 0.375, 0.75], ()),
+        ({"floor": 0.5, "quorum": 2}, [0.625, 0.375, 0.0], (1,)),
+    ],
+)
+def test_a_cap_comes_before_the_shares(options, expected, slots):
+    # Masses 3, 1 under a cap of 5/8: 5, 3. The second owns slot 1 alone.
+    c = components()
+    share, dropped = guarded_share(c, examples(c), weight_cap=0.625, **options)
+    assert share.tolist() == pytest.approx(expected, rel=1e-15)
+    assert dropped == slots
+
+
+def test_what_no_cap_is():
+    c = components()
+    for cap, shown in ((0.0, "0.0"), (1.5, "1.5"), (float("nan"), "nan")):
+        text = f"weight_cap=: expected a number in (0, 1], got {shown}"
+        assert message(guarded_share, c, examples(c), weight_cap=cap) == text
+    assert message(guarded_share, c, examples(c), weight_cap=0.25) == (
+        "weight_cap=: expected at least 1/K = 0.5 for K = 2 clients, since K τ >= 1 or their "
+        "fractions cannot add up to 1, got τ = 0.25"
+    )
+    text = message(guarded_share, c, examples(c), weight_cap=0.5, totals=[4.0, 1.0])
+    assert text == (
+        "weight_cap= is relative to the weight of those who take part; it has no place by totals="
+    )
+
+
+# --- norms --------------------------------------------------------------------------------------
+
+
+def sized(*sizes, layers=(), dtype=F64):
+    """Clients of rank 1 with ``ΔW = [[size, 0]]``; in every layer the same."""
+    K = len(sizes)
+    A = torch.tensor([[1.0, 0.0]], dtype=dtype).expand(*layers, K, 2).clone()
+    B = torch.tensor([sizes], dtype=dtype).expand(*layers, 1, K).clone()
+    weight, ids = torch.ones(K, dtype=F64), tuple("abcd"[:K])
+    return Components(A=A, B=B, ranks=(1,) * K, weight=weight, slots=(0,) * K, ids=ids)
+
+
+def test_norms_of_all_layers_and_of_each():
+    # Client a has 3 and 4 in its two layers, client b 5 and 12.
+    c = sized(1.0, 1.0, layers=(2,))
+    c = replace(c, B=torch.tensor([[[3.0, 5.0]], [[4.0, 12.0]]], dtype=F64))
+    assert layer_update_norm(c).tolist() == [[3.0, 5.0], [4.0, 12.0]]
+    assert update_norm(c).tolist() == [5.0, 13.0]
+    single = sized(3.0, 4.0)
+    assert update_norm(single).tolist() == layer_update_norm(single).tolist() == [3.0, 4.0]
+
+
+def test_totals_that_are_given_replace_the_batchs_own():
+    c = replace(sized(3.0, 4.0), statistic=(torch.tensor([4.0, 9.0], dtype=F64),))
+    assert update_norm(c).tolist() == [2.0, 3.0]
+
+
+def test_a_statistic_may_have_several_parts():
+    c = sized(1.0, 2.0, layers=(2,))
+    squares, doubled = over_all_layers(
+        c, lambda c: (client_squared_norms(c), 2 * client_squared_norms(c))
+    )
+    assert squares.tolist() == [2.0, 8.0]
+    assert doubled.tolist() == [4.0, 16.0]
+
+
+@pytest.mark.parametrize("layers", [(), (2,)])
+@pytest.mark.parametrize(
+    ("sizes", "culprit"),
+    [
+        ((1e-170, 1.0, 1.0), "a"),
+        ((1.0, 1e-170, 1.0), "b"),
+        ((1.0, 0.0, 1e-170), "c"),
+        ((1.0, 1e170, 1.0), "b"),
+        ((1.0, 1e170, 1e-170), "b"),
+        ((1.0, -1e170, 1.0), "b"),
+    ],
+)
+def test_norms_whose_squares_leave_float64(sizes, culprit, layers):
+    assert message(client_squared_norms, sized(*sizes, layers=layers)) == (
+        f"update norms: client {culprit!r}: the square of its norm leaves float64; bring the "
+        "updates to a usual size"
+    )
+
+
+@pytest.mark.parametrize(("size_A", "size_B"), [(2.0**250, 2.0**-250), (2.0**-250, 2.0**250)])
+def test_the_size_that_counts_is_that_of_the_product(size_A, size_B):
+    c = sized(3.0 * size_B, 1.0)
+    c = replace(c, A=torch.tensor([[size_A, 0.0], [1.0, 0.0]], dtype=F64))
+    assert client_squared_norms(c).tolist() == [9.0, 1.0]
+
+
+def test_two_small_factors_make_a_product_whose_square_is_lost():
+    c = sized(2.0**-300, 1.0)
+    c = replace(c, A=torch.tensor([[2.0**-300, 0.0], [1.0, 0.0]], dtype=F64))
+    assert "client 'a'" in message(client_squared_norms, c)
+
+
+def test_squares_at_the_very_end_and_zeros_are_fine():
+    # 2^-1022 is the smallest normal number.
+    assert client_squared_norms(sized(2.0**-511, 0.0)).tolist() == [2.0**-1022, 0.0]
+    text = message(client_squared_norms, sized(2.0**-511 * (1 - 2.0**-52), 1.0))
+    assert text.startswith("update norms: client 'a'")
+
+
+@pytest.mark.parametrize("layers", [(), (4,)])
+def test_updates_that_cancel_are_not_small(layers):
+    # Two components of one client, each of size 1, whose sum is zero.
+    c = sized(1.0, -1.0, 1.0, layers=layers)
+    c = replace(c, ranks=(2, 1), ids=("a", "b"), weight=torch.ones(2, dtype=F64), slots=(0, 1, 0))
+    assert torch.equal(
+        client_squared_norms(c), torch.tensor([0.0, 1.0], dtype=F64).expand(*layers, 2)
+    )
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e38])
+def test_squares_of_single_precision_always_fit(size):
+    c = sized(size, 0.0, dtype=F32)
+    assert client_squared_norms(c).tolist() == pytest.approx([size**2, 0.0], rel=1e-6, abs=0)
+
+
+# --- the device is that of the inputs -----------------------------------------------------------
+
+
+def test_a_foreign_default_device_does_not_matter():
+    c = sized(3.0, 4.0, layers=(2,))
+    mass = torch.tensor([3.0, 1.0], dtype=F64)
+    with torch.device("meta"):
+        found = [
+            client_squared_norms(c),
+            update_norm(c),
+            slot_share(c, mass, totals=[2.0], quorum=1),
+            slot_share(c, mass, floor=0.5),
+            guarded_share(c, mass, weight_cap=0.625)[0],
+            coverage(c, mass),
+            top_share(c, mass),
+        ]
+    for values in found:
+        assert values.device == c.A.device
+        assert torch.isfinite(values).all()
+    assert dropped_slots(c, 3) == (0,)
+
+
+def test_norms_of_lopsided_factors():
+    # A tiny column beside a huge row: the Gram matrices of the two by themselves leave float64.
+    lopsided = [(1e100, 1e-200), (1e-200, 1e100), (1e170, 1e-170)]
+    for a, b in lopsided:
+        c = replace(components(), A=torch.full((3, 2), a, dtype=F64))
+        c = replace(c, B=torch.full((2, 3), b, dtype=F64), weight=torch.ones(2, dtype=F64))
+        # Client 0 has one component of four equal entries, client 1 two of them.
+        expected = [4 * (a * b) ** 2, 16 * (a * b) ** 2]
+        assert client_squared_norms(c).tolist() == pytest.approx(expected, rel=1e-14, abs=0.0)

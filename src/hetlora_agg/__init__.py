@@ -17,6 +17,7 @@ from hetlora_agg.errors import InputTypeError as InputTypeError
 from hetlora_agg.errors import InputValueError as InputValueError
 from hetlora_agg.errors import MemoryLimitError as MemoryLimitError
 from hetlora_agg.layers import aggregate_layers as aggregate_layers
+from hetlora_agg.reduction import unbiased_truncate as unbiased_truncate
 from hetlora_agg.registry import CLAIMS as CLAIMS
 from hetlora_agg.registry import CLIENTS as CLIENTS
 from hetlora_agg.registry import METHODS as METHODS
@@ -26,6 +27,11 @@ from hetlora_agg.registry import resolve as resolve
 from hetlora_agg.reports import Comparison as Comparison
 from hetlora_agg.reports import Report as Report
 from hetlora_agg.rounds import align_rounds as align_rounds
+from hetlora_agg.sampling import draw_midzuno as draw_midzuno
+from hetlora_agg.sampling import draw_uniform as draw_uniform
+from hetlora_agg.sampling import inverse_inclusion as inverse_inclusion
+from hetlora_agg.sampling import midzuno_inclusion as midzuno_inclusion
+from hetlora_agg.sampling import uniform_inclusion as uniform_inclusion
 from hetlora_agg.types import AggregationResult as AggregationResult
 from hetlora_agg.types import ClientUpdate as ClientUpdate
 from hetlora_agg.types import LowRank as LowRank
@@ -51,8 +57,14 @@ __all__ = [
     "compare",
     "diagnose",
     "distribute",
+    "draw_midzuno",
+    "draw_uniform",
+    "inverse_inclusion",
     "method",
+    "midzuno_inclusion",
     "resolve",
+    "unbiased_truncate",
+    "uniform_inclusion",
 ]
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from hetlora_agg.linalg import limited
 from hetlora_agg.registry import Run, check_options, resolve
 from hetlora_agg.running import Batch, folding_of, run, to_numpy
 from hetlora_agg.types import AggregationResult
-from hetlora_agg.validation import read_updates
+from hetlora_agg.validation import admit
 
 
 def aggregate(
@@ -39,9 +39,11 @@ def aggregate(
         workers: layers of a batch decomposed at a time on a CPU, each with its share of torch's
             threads; None is one per thread, fewer for little work.
         memory_limit: bytes that the call may allocate, result included; see `budget`.
-        on_bad_client: "error" for NaN or Inf in a factor, or "drop" to leave that client out
-            (listed in ``.excluded``; the others' weights then make up the whole).
-        max_rank: refuse clients that declare more, one number or one by client id.
+        on_bad_client: "error" for NaN or Inf in a factor and for what ``max_rank`` refuses, or
+            "drop" to leave that client out (listed with the reason in ``.excluded``; the others'
+            weights then make up the whole).
+        max_rank: refuse clients that declare more or fill a slot beyond it, one number or one by
+            client id; a client that is not in the mapping is refused too.
         **options: the method's own keyword arguments, such as ``rank=``.
 
     Returns:
@@ -65,12 +67,13 @@ def aggregate(
     entry = resolve(method)
     check_options(entry, options)
     check_resources(workers, memory_limit)
-    read, numpy = read_updates(updates, max_rank=max_rank)
+    read, numpy, refused = admit(updates, None, max_rank, on_bad_client)
     _, for_svd = budget(memory_limit, {None: read}, None, entry.workspace)
     with limited(workers, for_svd):
         (result,) = run(
             entry,
             [Batch(collect(read, folding=folding_of(entry, options)), options)],
             on_bad_client,
+            refused,
         )
     return to_numpy(result) if numpy else result

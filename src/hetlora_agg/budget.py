@@ -60,6 +60,7 @@ def budget(
     """
     if memory_limit is None:
         return Budget(max_group, None)
+    memory_limit = int(memory_limit)
     copies = {layer: copy_bytes(updates) for layer, updates in layers.items()}
     kept = KEPT_COPIES * sum(copies.values())
     largest = max(copies, key=lambda layer: copies[layer])

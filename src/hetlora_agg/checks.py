@@ -7,42 +7,52 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from hetlora_agg.components import Components
-from hetlora_agg.errors import InputTypeError, InputValueError, OptionValueError, unknown_name
+from hetlora_agg.errors import (
+    InputTypeError,
+    InputValueError,
+    OptionValueError,
+    shown,
+    unknown_name,
+)
 from hetlora_agg.linalg import all_finite
 from hetlora_agg.types import AggregationResult, LowRank
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What factors may be; float8 is for storage, torch does not add it up."""
 
 
 def as_integer(value: Any, what: str, at_least: int | None = None) -> int:
     """The value as a Python int; numpy integers and one-element integer tensors are integers."""
     expected = "an integer" if at_least is None else f"an integer of at least {at_least}"
     try:
-        if isinstance(value, (bool, np.bool_)):
+        if _is_bool(value):
             raise TypeError
         number = operator.index(value)
     except TypeError as error:
-        raise InputTypeError(f"{what}: expected {expected}, got {value!r}") from error
+        raise InputTypeError(f"{what}: expected {expected}, got {shown(value)}") from error
     if at_least is not None and number < at_least:
-        raise _refusal(what, f"expected {expected}, got {value!r}")
+        raise _refusal(what, f"expected {expected}, got {shown(value)}")
     return number
 
 
 def as_number(value: Any, what: str, *, zero: bool) -> float:
     """The value as a finite float, above zero or, with ``zero``, not below it."""
     expected = f"a finite number {'>= 0' if zero else '> 0'}"
-    if isinstance(value, (bool, np.bool_, str, bytes)):
-        raise InputTypeError(f"{what}: expected {expected}, got {value!r}")
+    kind = getattr(getattr(value, "dtype", None), "kind", "f")
+    if _is_bool(value) or isinstance(value, (str, bytes)) or kind not in "iuf":
+        raise InputTypeError(f"{what}: expected {expected}, got {shown(value)}")
     try:
         number = float(value.detach() if isinstance(value, Tensor) else value)
     except OverflowError:
         number = math.inf
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputTypeError(f"{what}: expected {expected}, got {value!r}") from error
+        raise InputTypeError(f"{what}: expected {expected}, got {shown(value)}") from error
     if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-        raise _refusal(what, f"expected {expected}, got {value!r}")
+        raise _refusal(what, f"expected {expected}, got {shown(value)}")
     return number
 
 
@@ -53,30 +63,47 @@ def as_fraction(value: Any, what: str) -> float:
     except InputValueError:
         number = math.nan
     if not number <= 1:
-        raise _refusal(what, f"expected a number in (0, 1], got {value!r}")
+        raise _refusal(what, f"expected a number in (0, 1], got {shown(value)}")
     return number
 
 
 def as_list(values: Any, what: str) -> list[Any]:
     """The values as a list; a string or a single number is none."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise InputTypeError(f"{what}: expected a list, got {values!r}")
+        raise InputTypeError(f"{what}: expected a list, got {shown(values)}")
     try:
         return list(values)
     except TypeError as error:
-        raise InputTypeError(f"{what}: expected a list, got {values!r}") from error
+        raise InputTypeError(f"{what}: expected a list, got {shown(values)}") from error
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse what is not among the choices, naming the nearest."""
-    if value not in choices:
+    # An array among the values would be compared entry by entry.
+    if not isinstance(value, str) or value not in choices:
         raise OptionValueError(unknown_name(f"{name}=", value, choices))
+
+
+def _is_bool(value: Any) -> bool:
+    """A truth value, also as a scalar or 0-d array of numpy and as a tensor."""
+    dtype = getattr(value, "dtype", None)
+    kind = getattr(dtype, "kind", None)
+    return isinstance(value, bool) or dtype is torch.bool or kind == "b"
 
 
 def _refusal(what: str, why: str) -> InputValueError:
     """The error for a wrong value; options are those whose name ends in "="."""
     kind = OptionValueError if what.endswith("=") else InputValueError
     return kind(f"{what}: {why}")
+
+
+def no_data(X: Tensor) -> str:
+    """What keeps a tensor from being computed with, in words; nothing if nothing does."""
+    if X.is_meta:
+        return "a meta tensor"
+    if X.is_nested or X.layout != torch.strided:
+        return "a nested one" if X.is_nested else f"a {X.layout} one"
+    return "" if X.dtype in FLOATS else str(X.dtype)
 
 
 def fitting_state(name: str, state: Any, c: Components) -> LowRank | None:
@@ -114,9 +141,8 @@ def as_state(
         )
     factors: LowRank = state.torch()
     for X in (factors.A, factors.B):
-        if X.is_meta or not X.is_floating_point():
-            kind = "meta tensors" if X.is_meta else str(X.dtype)
-            raise InputTypeError(f"{what}: expected factors of floating dtype, got {kind}")
+        if odd := no_data(X):
+            raise InputTypeError(f"{what}: expected factors of floating dtype, got {odd}")
     if not all_finite(factors.A, factors.B):
         raise OptionValueError(f"{what}: NaN or Inf in the factors; pass the last good round's")
     return factors

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hetlora_agg.checks import as_fraction, as_integer, check_choice
 from hetlora_agg.errors import OptionValueError
-from hetlora_agg.linalg import SPLITS, leading_svd
+from hetlora_agg.linalg import SPLITS, SVD, leading_svd
+from hetlora_agg.reduction import REDUCTIONS, Offset, as_offsets, drawn
 from hetlora_agg.types import Compressed, LowRank
 
 Rank = int | Literal["full"] | None
@@ -25,8 +26,14 @@ def compress(
     energy: float | None = None,
     split: str = "balanced",
     driver: str = "auto",
+    reduction: str = "truncate",
+    u: Offset | None = None,
 ) -> Compressed:
     """The leading components of the SVD of ``B @ A``, ordered, so that every prefix is the best.
+
+    With ``reduction="unbiased"`` a draw of the rank whose expectation is ``B @ A``, see
+    `reduction.unbiased_truncate`: its prefixes are no answer, and its certificate's ``tail`` is the
+    distance of this draw from ``B @ A``, not the least of that rank.
 
     Args:
         low_rank: any factors, ``(*layers, R, in_features)`` and ``(*layers, out_features, R)``.
@@ -36,9 +43,12 @@ def compress(
             capped by ``rank``. Layers of a batch are cut at their own rank: zeros follow.
         split: "balanced" ``B = U√S, A = √S Vᵀ``; "left" ``B = U S``; "right" ``A = S Vᵀ``.
         driver: see `linalg.svd_product`.
+        reduction: "truncate", or "unbiased", which needs a rank and ``u=``.
+        u: uniform on [0, 1), for "unbiased" only: a number, or one per layer ``(*layers,)``.
 
     Raises:
-        InputValueError: a rank, energy or split that is none.
+        InputValueError: a rank, energy, split, reduction or u that is none, or those together that
+            exclude each other.
 
     Example:
         >>> import torch
@@ -47,15 +57,40 @@ def compress(
         [3.0, 2.0]
     """
     check_choice("split", split, sorted(SPLITS))
-    svd = leading_svd(low_rank.B, low_rank.A, _cap(rank, default, energy), driver)
+    check_choice("reduction", reduction, REDUCTIONS)
+    cap = _cap(rank, default, energy)
+    if reduction == "unbiased":
+        svd = _one_draw(low_rank, cap, energy, u, driver)
+    elif u is not None:
+        raise OptionValueError("u=: expected None where nothing is drawn; use reduction='unbiased'")
+    else:
+        svd = leading_svd(low_rank.B, low_rank.A, cap, driver)
     B, A = (factor.to(svd.U.dtype) for factor in SPLITS[split](svd.U, svd.S, svd.Vh))
     whole = Compressed(A, B, singular_values=svd.S, ranks=None, certificate=svd.certificate)
     return whole if energy is None else _cut(whole, _ranks_for(whole, energy))
 
 
+def _one_draw(
+    low_rank: LowRank, rank: int | None, energy: float | None, u: Offset | None, driver: str
+) -> SVD:
+    """The triplets of one unbiased draw."""
+    if energy is not None:
+        raise OptionValueError(
+            "energy=: expected None by reduction='unbiased', whose draws all have one rank; give "
+            "rank= instead"
+        )
+    if rank is None:
+        raise OptionValueError(
+            "rank=: expected an integer by reduction='unbiased', got none, so that nothing is "
+            "left to draw; give one, or use reduction='truncate'"
+        )
+    offset = as_offsets(u, low_rank.layers, low_rank.A.device)
+    return drawn(leading_svd(low_rank.B, low_rank.A, None, driver), rank, offset)
+
+
 def truncate(low_rank: LowRank, rank: int) -> LowRank:
     """The leading components; the best of that rank if they come from `compress`."""
-    return low_rank.select(slice(0, rank))
+    return low_rank.select(slice(rank))
 
 
 def divide(
@@ -71,9 +106,7 @@ def divide(
     else:
         ranks = _ranks_for(whole, energy).clamp_max(cap)
     first = int(ranks.min())
-    behind = (torch.arange(first, whole.rank, device=ranks.device) >= ranks.unsqueeze(-1)).to(
-        whole.B
-    )
+    behind = torch.arange(first, whole.rank, device=ranks.device) >= ranks.unsqueeze(-1)
     rest = whole.select(slice(first, None))
     kept = _cut(whole, ranks)
     if energy is None:
@@ -111,9 +144,7 @@ def _ranks_for(whole: Compressed, energy: float) -> Tensor:
     allowed = (1 - float(energy)) * left_out[..., :1]
     # A tie, up to the rounding of a few operations, counts as reached.
     slack = 1 + 8 * torch.finfo(torch.float64).eps
-    short = (left_out[..., 1:] > slack * allowed).sum(-1)
-    cut_off = (beyond > slack * allowed).squeeze(-1)
-    return torch.where(cut_off, whole.rank, short + 1)
+    return (left_out[..., 1:] > slack * allowed).sum(-1) + 1
 
 
 def _cut(whole: Compressed, ranks: Tensor) -> Compressed:

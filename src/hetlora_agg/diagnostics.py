@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.aggregate import aggregate
+from hetlora_agg.checks import as_list
 from hetlora_agg.combining import stack
 from hetlora_agg.components import Components
 from hetlora_agg.errors import (
@@ -116,7 +117,9 @@ def compare(
     """
     if isinstance(methods, str):
         methods = [methods]
-    entries = [resolve(m) for m in (sorted(METHODS) if methods is None else methods)]
+    entries = [
+        resolve(m) for m in (sorted(METHODS) if methods is None else as_list(methods, "methods"))
+    ]
     for name in options:
         if not any(name in entry.options for entry in entries):
             known = {option for entry in entries for option in entry.options}
@@ -127,11 +130,13 @@ def compare(
         "memory_limit": memory_limit,
     }
     if isinstance(updates, Mapping):
-        updates = {name: list(layer) for name, layer in updates.items()}
+        updates = {
+            name: as_list(layer, f"layer {name!r}: updates") for name, layer in updates.items()
+        }
         doors["missing"] = missing
         read_layers(updates, missing)
     else:
-        updates = list(updates)
+        updates = as_list(updates, "updates")
         read_updates(updates)
     rows = tuple(_row(entry, updates, doors, options) for entry in entries)
     # Of those that were tried: whoever lacks its state has not seen the updates.
@@ -214,7 +219,7 @@ def _measured(
     if result.singular_values is None:
         S = svd_product(total.B, total.A).S
     else:
-        S = torch.as_tensor(result.singular_values)
+        S = _tensor(result.singular_values)
     return LayerReport(
         layer=name,
         clients=c.ids,
@@ -235,9 +240,15 @@ def _kept(result: AggregationResult) -> tuple[float, float]:
     """Squared norm kept and squared norm of everything; equal where nothing was discarded."""
     if result.certificate is None or result.residual is not None:
         return 1.0, 1.0
-    norm, tail = torch.as_tensor(result.certificate.norm), torch.as_tensor(result.certificate.tail)
+    norm, tail = _tensor(result.certificate.norm), _tensor(result.certificate.tail)
     whole = float(norm.square().sum())
-    return whole - float(tail.square().sum()), whole
+    # A draw of an unbiased reduction may be farther from the whole than its norm.
+    return max(0.0, whole - float(tail.square().sum())), whole
+
+
+def _tensor(X: Any) -> Tensor:
+    """A tensor as it is, an array as one; whatever torch's default device is."""
+    return X if isinstance(X, Tensor) else torch.as_tensor(X, device="cpu")
 
 
 def _size(norms: Tensor) -> float:

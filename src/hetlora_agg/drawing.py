@@ -23,8 +23,8 @@ def normal(c: Components, generator: Generator | None, *shape: int) -> Tensor:
     """
     if generator is None:
         seeded = torch.Generator().manual_seed(0)
-        drawn = torch.randn(*shape, generator=seeded, dtype=torch.float64).to(c.A.device)
-        return drawn.expand(*c.layers, *shape)
+        drawn = torch.randn(*shape, generator=seeded, dtype=torch.float64, device="cpu")
+        return drawn.to(c.A.device).expand(*c.layers, *shape)
     return _draw(c, generator, shape, torch.randn)
 
 

@@ -30,9 +30,21 @@ class MemoryLimitError(HetLoRAError, MemoryError):
     """Something needs more memory than ``memory_limit=`` allows; raised before it is allocated."""
 
 
+def shown(value: object, most: int = 200) -> str:
+    """How an error quotes what it was given: its repr, as much of it as fits a message."""
+    try:
+        text = repr(value)
+    except Exception:
+        # Nested deeper than Python follows, an integer longer than it writes, or a repr that fails.
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """An error line with the nearest names first and all of them sorted."""
     known = sorted(known)
-    near = sorted(get_close_matches(str(name), known, n=3, cutoff=0.5))
+    # Comparing takes time with the square of the length; no name is that long.
+    text = name[:100] if isinstance(name, str) else shown(name, 100)
+    near = sorted(get_close_matches(text, known, n=3, cutoff=0.5))
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return f"unknown {what} {name!r}; {hint}known: {known or 'none'}"
+    return f"unknown {what} {shown(name)}; {hint}known: {known or 'none'}"

@@ -70,7 +70,7 @@ class Intake:
         if not kept or not rows:
             raise InputValueError(
                 "no client is left: every one has weight 0"
-                + (" or was dropped for NaN or Inf" if without else "")
+                + (" or was dropped for NaN or Inf or its declared rank" if without else "")
                 + ", or lacks the layer" * any(_rank(update) == 0 for update in self.updates)
                 + "; pass at least one update with a positive weight"
             )

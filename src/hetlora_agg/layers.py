@@ -18,7 +18,7 @@ from hetlora_agg.linalg import limited
 from hetlora_agg.registry import Run, check_options, resolve
 from hetlora_agg.running import Batch, folding_of, run, to_numpy
 from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank
-from hetlora_agg.validation import id_order, read_updates
+from hetlora_agg.validation import admit, id_order
 
 Layers = dict[str, list[ClientUpdate]]
 
@@ -53,8 +53,10 @@ def aggregate_layers(
         workers: layers decomposed at a time on a CPU, each with its share of torch's threads; None
             is one per thread, fewer for little work.
         memory_limit: bytes that the call may allocate, results included; see `budget`.
-        on_bad_client: "error", or "drop" to leave out clients with NaN or Inf in any layer.
-        max_rank: refuse clients that declare more, one number or one by client id.
+        on_bad_client: "error", or "drop" to leave out of every layer who has NaN or Inf, or what
+            ``max_rank`` refuses, in one of them; listed with the reason in ``.excluded``.
+        max_rank: refuse clients that declare more or fill a slot beyond it, one number or one by
+            client id; a client that is not in the mapping is refused too.
         **options: the method's own; per-layer state, such as ``previous=``, is a mapping by layer
             name (last round's return value will do). From a ``generator=`` every layer gets a
             stream of its own, in the order of the mapping.
@@ -85,11 +87,11 @@ def aggregate_layers(
             raise InputTypeError(
                 f"{name}=: expected a mapping by layer name, got one {type(value).__name__}"
             )
-    read, numpy = read_layers(layers, missing, max_rank)
+    read, numpy, refused = admit_layers(layers, missing, max_rank, on_bad_client)
     state = {k: _layer_state(k, v, read) for k, v in options.items() if isinstance(v, Mapping)}
     streams = {k: _children(v, read) for k, v in options.items() if isinstance(v, torch.Generator)}
     plain = {k: v for k, v in options.items() if k not in state and k not in streams}
-    folding = folding_of(entry, plain)
+    folding = folding_of(entry, options)
     max_group, for_svd = budget(memory_limit, read, max_group, entry.workspace)
     names: list[list[str]] = []
     batches: list[Batch] = []
@@ -101,20 +103,28 @@ def aggregate_layers(
         del stacked
     results: dict[str, AggregationResult] = {}
     with limited(workers, for_svd):
-        for group, result in zip(names, run(entry, batches, on_bad_client), strict=True):
+        ran = run(entry, batches, on_bad_client, refused)
+        for group, result in zip(names, ran, strict=True):
             results.update(zip(group, _take_apart(result, len(group)), strict=True))
     return {name: to_numpy(results[name]) if numpy else results[name] for name in read}
 
 
-def read_layers(
+def read_layers(layers: Mapping[str, Iterable[Any]], missing: str) -> tuple[Layers, bool]:
+    """Every layer's checked updates, and whether all were numpy; see `admit_layers`."""
+    return admit_layers(layers, missing)[:2]
+
+
+def admit_layers(
     layers: Mapping[str, Iterable[Any]],
     missing: str,
     max_rank: int | Mapping[Hashable, int] | None = None,
-) -> tuple[Layers, bool]:
+    on_bad_client: str = "error",
+) -> tuple[Layers, bool, dict[Hashable, str]]:
     """Every layer's checked updates under the policy for clients that lack one.
 
     Returns:
-        Layer name -> updates (a client that counts as zero has rank 0), and whether all were numpy.
+        Layer name -> updates (a client that counts as zero has rank 0); whether all were numpy; who
+        is above ``max_rank`` in some layer, with the reason.
     """
     if not isinstance(layers, Mapping):
         raise InputTypeError(
@@ -123,9 +133,14 @@ def read_layers(
         )
     if not layers:
         raise InputValueError("no layers; pass at least one {name: updates}")
-    checked = {name: read_updates(updates, name, max_rank) for name, updates in layers.items()}
-    read = {name: updates for name, (updates, _) in checked.items()}
-    return _complete(read, missing), all(numpy for _, numpy in checked.values())
+    checked = {
+        name: admit(updates, name, max_rank, on_bad_client) for name, updates in layers.items()
+    }
+    read = {name: updates for name, (updates, _, _) in checked.items()}
+    refused: dict[Hashable, str] = {}
+    for _, _, above in checked.values():
+        refused = {**above, **refused}
+    return _complete(read, missing), all(numpy for _, numpy, _ in checked.values()), refused
 
 
 def _complete(layers: Layers, missing: str) -> Layers:

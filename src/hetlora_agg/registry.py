@@ -4,83 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
+from hetlora_agg.claims import CLAIMS as CLAIMS
+from hetlora_agg.claims import CLIENTS as CLIENTS
+from hetlora_agg.claims import DEPARTURES, INAPPLICABLE, STATE, SUMS, Cell
+from hetlora_agg.claims import SYMMETRIC as SYMMETRIC
 from hetlora_agg.errors import InputTypeError, InputValueError, unknown_name
 from hetlora_agg.types import AggregationResult
 
 Run = Callable[..., AggregationResult]
 Statistic = Callable[..., "Tensor | tuple[Tensor, ...]"]
 Factor = Literal["A", "B"]
-
-CLAIMS: Mapping[str, str] = MappingProxyType(
-    {
-        "mixed_ranks": "clients of different ranks are taken",
-        "exact": "the total equals the weighted mean of the updates, Σ p_k ΔW_k",
-        "consensus": "if all owners of a slot send one component, the result has that component",
-        "statistical": "unbiased for the mean component under any zero-mean component noise",
-        "statistical_uncorrelated": "the same, when the noises of A and B are uncorrelated",
-        "order": "the order of the clients does not matter",
-        "split_client": "a client split into two of half its weight changes nothing",
-        "rescaling": "multiplying all weights by one number changes nothing",
-        "homogeneous": "c times every B gives c times the result",
-        "orthogonal": "rotating inputs and outputs rotates the result",
-        "transpose": "swapping the roles of A and B transposes the result",
-        "single_client": "one client alone gets its own update back",
-        "gauge": "B_k G, G⁻¹ A_k instead of B_k, A_k changes nothing",
-        "zero_component": "an appended zero component changes nothing",
-        "idle_kept": "a round in which nobody trains keeps every singular value",
-        "idle_coverage": "an idle round multiplies singular value j by q_j = N_j / N",
-        "idle_coverage_squared": "an idle round multiplies singular value j by q_j²",
-    }
-)
-"""The vocabulary of claims; `tests/test_claims.py` holds one theorem for each."""
-
-
-CLIENTS: Mapping[str, str] = MappingProxyType(
-    {
-        "slice": "trains the leading components that `distribute` hands out at its rank",
-        "restart": "trains a fresh adapter on a base weight that took the whole update "
-        "(`clients.merge_and_restart`)",
-        "prune": "trains the leading components, its tail penalised, and lowers its rank where the "
-        "tail fades (`clients.tail_penalty`, `clients.prune`)",
-        "select": "trains a random choice of the slots, the others folded into its base weight "
-        "(`clients.select_and_fold`)",
-        "freeze": "holds every slot, trains the most important ones and uploads them quantised "
-        "(`clients.important_slots`, `clients.quantise`)",
-        "qr_start": "starts from the QR decomposition of its base weight and corrects its "
-        "gradients (`clients.qr_start`, `clients.corrected`)",
-        "train_B": "trains B; A is common to all clients and frozen",
-        "alternate": "trains B in odd rounds and A in even ones, the other factor frozen",
-        "keep_B": "takes the global A and goes on with its own B (`clients.continue_from`)",
-    }
-)
-"""What a client does between two rounds; every method names one."""
-
-STATE: Mapping[str, str] = MappingProxyType(
-    {
-        "previous": "the last global factors (`previous=`)",
-        "initial": "what the clients started from, in the first round (`initial=`)",
-        "round": "the number of the round (`round=`)",
-        "levels": "the configured ranks (`levels=`)",
-        "generator": "a random generator (`generator=`)",
-    }
-)
-"""Options that carry something from round to round: what the server keeps for them."""
-
-SYMMETRIC: dict[str, dict[str, Any]] = {
-    "order": {},
-    "rescaling": {},
-    "homogeneous": {},
-    "orthogonal": {},
-    "transpose": {},
-    "single_client": {},
-}
-"""The symmetries that nearly every method has; its own claims are added with ``|``."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +30,8 @@ class MethodEntry:
         run: the plain function ``Components -> AggregationResult``.
         reference: arXiv or ACL identifier of the source.
         claims: claim -> the options under which it holds (``{}`` = with the defaults).
+        fails: claim -> what the method computes instead under its defaults, by its name in
+            ``DEPARTURES``.
         statistic: additive client statistic, summed over all layers before any is combined.
         client: what its clients do between two rounds, a name from ``CLIENTS``.
         unscaled: the factor that is taken as sent, the scaling going whole into the other; None
@@ -99,17 +39,20 @@ class MethodEntry:
         common: whether the unscaled factor must be one and the same on all clients.
         workspace: ``(out_features, in_features, ranks) -> bytes`` per layer that the method needs
             beside the factors and the SVD of their stack; None is nothing worth counting.
+        sums: what of the result is a sum over clients, a name from ``SUMS``; None is nothing.
     """
 
     name: str
     run: Run
     reference: str
     claims: Mapping[str, Mapping[str, Any]]
+    fails: Mapping[str, str] = field(default_factory=dict)
     statistic: Statistic | None = None
     client: str = "slice"
     unscaled: Factor | Callable[..., Factor] | None = None
     common: bool = False
     workspace: Callable[[int, int, Sequence[int]], int] | None = None
+    sums: str | None = None
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -128,10 +71,36 @@ class MethodEntry:
             return self.unscaled(**named_in(self.unscaled, options))
         return self.unscaled
 
+    def statistic_for(self, options: Mapping[str, Any]) -> Statistic | None:
+        """The method's additive client statistic, else the one that its ``weighting=`` asks for."""
+        return self.statistic or getattr(options.get("weighting"), "statistic", None)
+
     def holds(self, claim: str, options: Mapping[str, Any]) -> bool:
         """Whether a claim is made under these options of the method."""
         needed = self.claims.get(claim)
         return needed is not None and all(options.get(k) == v for k, v in needed.items())
+
+    def cell(self, claim: str) -> Cell:
+        """What is known of a claim: it holds, fails by a formula, or cannot be tried."""
+        if claim not in CLAIMS:
+            raise InputValueError(unknown_name("claim", claim, CLAIMS))
+        instead = self.fails.get(claim)
+        if claim in self.claims:
+            return Cell("holds", dict(self.claims[claim]), instead)
+        if instead is not None:
+            return Cell("fails", departure=instead)
+        for kind, (reason, claims) in INAPPLICABLE.items():
+            if claim in claims and self.inapplicable(kind):
+                return Cell("not applicable", reason=reason)
+        return Cell("not stated")
+
+    def inapplicable(self, kind: str) -> bool:
+        """Whether the method is of a kind, from ``INAPPLICABLE``, that some claims are not for."""
+        return {
+            "common": self.common,
+            "restart": self.client == "restart",
+            "equal ranks": "mixed_ranks" not in self.claims,
+        }[kind]
 
     @property
     def summary(self) -> str:
@@ -162,6 +131,7 @@ class MethodEntry:
             "summary": self.summary,
             "formula": self.formula,
             "claims": {claim: dict(options) for claim, options in self.claims.items()},
+            "fails": {claim: DEPARTURES[name] for claim, name in self.fails.items()},
             "client": CLIENTS[self.client],
             "server": list(self.server),
             "options": list(self.options),
@@ -184,37 +154,49 @@ def method(
     *,
     reference: str,
     claims: Mapping[str, Mapping[str, Any]],
+    fails: Mapping[str, str] | None = None,
     statistic: Statistic | None = None,
     client: str = "slice",
     unscaled: Factor | Callable[..., Factor] | None = None,
     common: bool = False,
     workspace: Callable[[int, int, Sequence[int]], int] | None = None,
+    sums: str | None = None,
 ) -> Callable[[Run], Run]:
     """Enter a function in ``METHODS`` under its own name and hand it back untouched.
 
     Args:
         reference: arXiv or ACL identifier.
         claims: claim -> options under which it holds; names are those of ``CLAIMS``.
+        fails: claim -> what is computed instead under the defaults, a name from ``DEPARTURES``.
         statistic: ``Components -> (*layers, K)`` or ``(*layers, K, K)``, or a tuple of such, all
             additive over layers. Options that it names are handed to it.
         client: what the clients do between two rounds, a name from ``CLIENTS``.
         unscaled: "A" or "B", the factor that takes no scaling, or a function of options.
         common: the unscaled factor must be one and the same on all clients.
         workspace: bytes per layer that the method needs beside the factors and their SVD.
+        sums: what of the result is a sum over clients, a name from ``SUMS``.
 
     Raises:
-        InputValueError: a claim or client outside the vocabulary, or a name that is taken.
+        InputValueError: a claim, departure, client or kind of sum outside the vocabulary, or a
+            name that is taken.
     """
 
     def enter(run: Run) -> Run:
-        if unknown := sorted(set(claims) - set(CLAIMS)):
+        instead = dict(fails or {})
+        if unknown := sorted({*claims, *instead} - set(CLAIMS)):
             raise InputValueError(
                 f"method {run.__name__!r}: unknown claims {unknown}; known: {sorted(CLAIMS)}"
             )
-        if client not in CLIENTS:
+        if unknown := sorted(set(instead.values()) - set(DEPARTURES)):
             raise InputValueError(
-                f"method {run.__name__!r}: unknown client {client!r}; known: {sorted(CLIENTS)}"
+                f"method {run.__name__!r}: unknown departures {unknown}; known: "
+                f"{sorted(DEPARTURES)}"
             )
+        for what, name, known in (("client", client, CLIENTS), ("sums", sums or "factors", SUMS)):
+            if name not in known:
+                raise InputValueError(
+                    f"method {run.__name__!r}: unknown {what} {name!r}; known: {sorted(known)}"
+                )
         if run.__name__ in METHODS:
             raise InputValueError(
                 f"method {run.__name__!r} is registered already; give the function another name"
@@ -224,11 +206,13 @@ def method(
             run=run,
             reference=reference,
             claims=dict(claims),
+            fails=instead,
             statistic=statistic,
             client=client,
             unscaled=unscaled,
             common=common,
             workspace=workspace,
+            sums=sums,
         )
         return run
 

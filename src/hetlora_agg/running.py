@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,14 +29,23 @@ class Batch:
 
 
 def run(
-    entry: MethodEntry, batches: Sequence[Batch], on_bad_client: str
+    entry: MethodEntry,
+    batches: Sequence[Batch],
+    on_bad_client: str,
+    refused: Mapping[Hashable, str] = MappingProxyType({}),
 ) -> list[AggregationResult]:
     """The method's result for every batch.
 
     A client is one client in every layer: one that is dropped is dropped from all batches, and the
     method's client statistic is summed over all of them before the first is combined.
+
+    Args:
+        entry: the method.
+        batches: what the clients sent, and the method's options.
+        on_bad_client: "drop" or "error".
+        refused: clients to leave out for what they declare, with the reason.
     """
-    bad = _verdict([batch.intake for batch in batches], on_bad_client)
+    bad = {**_verdict([batch.intake for batch in batches], on_bad_client), **refused}
     results = []
     with exact_arithmetic(batches[0].intake.A.device.type):
         components = [batch.intake.components(frozenset(bad)) for batch in batches]
@@ -99,13 +109,15 @@ def _with_statistic(
     entry: MethodEntry, components: list[Components], options: Sequence[Mapping[str, Any]]
 ) -> list[Components]:
     """Each batch with the method's client statistics summed over all batches."""
-    if entry.statistic is None:
+    statistic = entry.statistic_for(options[0])
+    if statistic is None:
         return components
     position = {id: i for i, id in enumerate(dict.fromkeys(id for c in components for id in c.ids))}
     parts = [
-        over_all_layers(c, partial(entry.statistic, **named_in(entry.statistic, own)))
+        over_all_layers(c, partial(statistic, **named_in(statistic, own)))
         for c, own in zip(components, options, strict=True)
     ]
+    _check_pairs(parts, components, list(position))
     places = [torch.tensor([position[id] for id in c.ids], device=c.A.device) for c in components]
     totals = [_total(column, places, len(position)) for column in zip(*parts, strict=True)]
     return [
@@ -115,6 +127,23 @@ def _with_statistic(
         )
         for c, at in zip(components, places, strict=True)
     ]
+
+
+def _check_pairs(
+    parts: Sequence[tuple[torch.Tensor, ...]],
+    components: Sequence[Components],
+    everybody: Sequence[Hashable],
+) -> None:
+    """What is known of a pair of clients must be known of it in every layer."""
+    if all(part.dim() == 1 for part in parts[0]):
+        return
+    for c in components:
+        if absent := [id for id in everybody if id not in set(c.ids)]:
+            raise InputValueError(
+                f"weighting=: client {absent[0]!r} lacks a layer that others have, and distances "
+                "between clients need every client in every layer; let it count as zero there with "
+                'missing="zero"'
+            )
 
 
 def _total(

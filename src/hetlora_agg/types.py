@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetlora_agg.errors import InputValueError
+from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.linalg import Certificate, as_dtype
 
 BOTH = frozenset({"A", "B"})
@@ -151,9 +151,10 @@ class LowRank:
 
     def torch(self) -> LowRank:
         """The same factors as torch tensors; shares memory with numpy arrays."""
-        if isinstance(self.A, Tensor):
+        if isinstance(self.A, Tensor) and isinstance(self.B, Tensor):
             return self
-        return LowRank(from_numpy(self.A), from_numpy(self.B))
+        A, B = (X if isinstance(X, Tensor) else from_numpy(X) for X in (self.A, self.B))
+        return LowRank(A, B)
 
     def numpy(self) -> LowRank:
         """The same factors as numpy arrays."""
@@ -192,7 +193,8 @@ class AggregationResult:
         factors: the global low-rank factorization.
         singular_values: ``(*layers, rank)`` where the method took an SVD, else None.
         residual: what the server folds into the base weight besides, always factored; or None.
-        nested: the leading r components are this method's rank-r answer, so `distribute` may slice.
+        nested: the leading r components are this method's rank-r answer, so `distribute` may slice;
+            those of an unbiased draw are not.
         shared: which factors replace the client's own: both, for all but frozen-factor methods.
         dropped: slots left empty by a quorum, from 0; carried over where ``previous=`` was given.
         excluded: clients left out by ``on_bad_client="drop"``, as ``(client, reason)``.
@@ -253,12 +255,21 @@ class AggregationResult:
 
 
 def from_numpy(X: Any) -> Tensor:
-    """The array as a tensor; shares its memory unless torch cannot take it as it is."""
+    """The array as a tensor; shares its memory unless torch cannot take it as it is.
+
+    Raises:
+        InputTypeError: no array, or one of no dtype that torch has.
+    """
+    if not isinstance(X, np.ndarray):
+        raise InputTypeError(f"expected a torch tensor or a numpy array, got {type(X).__name__}")
     # torch takes no negative or odd strides, no foreign byte order, and warns of read-only arrays.
     odd = any(stride < 0 or stride % X.itemsize for stride in X.strides)
     if odd or not X.flags.writeable or not X.dtype.isnative:
         X = np.array(X, dtype=X.dtype.newbyteorder("="), order="C")
-    return torch.from_numpy(X)
+    try:
+        return torch.from_numpy(X)
+    except TypeError as error:
+        raise InputTypeError(f"expected an array of numbers, got one of {X.dtype}") from error
 
 
 def result_of(factors: LowRank, **fields: Any) -> AggregationResult:

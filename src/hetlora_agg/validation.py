@@ -11,31 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetlora_agg.checks import as_integer, as_list, as_number
-from hetlora_agg.errors import InputTypeError, InputValueError
+from hetlora_agg.checks import FLOATS, as_integer, as_list, as_number
+from hetlora_agg.errors import InputTypeError, InputValueError, shown
 from hetlora_agg.types import ClientUpdate, LowRank, from_numpy
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Registered = int | Mapping[Hashable, int] | None
 
 
 def read_updates(
+    updates: Iterable[Any], layer: str | None = None
+) -> tuple[list[ClientUpdate], bool]:
+    """Every update checked, and whether all were numpy; see `admit`."""
+    return admit(updates, layer)[:2]
+
+
+def admit(
     updates: Iterable[Any],
     layer: str | None = None,
-    max_rank: int | Mapping[Hashable, int] | None = None,
-) -> tuple[list[ClientUpdate], bool]:
+    max_rank: Registered = None,
+    on_bad_client: str = "error",
+) -> tuple[list[ClientUpdate], bool, dict[Hashable, str]]:
     """Every update as a checked `ClientUpdate` of tensors, with rank, weight and slots filled in.
 
     Args:
         updates: `ClientUpdate`s or tuples ``(A, B)``, ``(A, B, rank)``, ``(A, B, rank, weight)``.
         layer: the layer's name, for errors.
         max_rank: the largest rank a client may declare, one for all or by id.
+        on_bad_client: "drop" lists who is above it, anything else is an error for it.
 
     Returns:
-        The updates in the order given, sorted by id if all have one; and whether all were numpy.
+        The updates in the order given, sorted by id if all have one; whether all were numpy; who is
+        above ``max_rank``, with the reason: such a client keeps its place, at rank 0.
 
     Raises:
-        InputTypeError, InputValueError: the first thing that is wrong, with client, layer, factor,
-            found, expected and remedy.
+        InputTypeError, InputValueError: the first thing wrong: where, found, expected, remedy.
     """
     listed = [_as_update(k, given, layer) for k, given in enumerate(_listed(updates, layer))]
     read = [_read(k, update, layer) for k, update in enumerate(listed)]
@@ -43,16 +52,22 @@ def read_updates(
         raise InputValueError(f"{_at(layer)}no client updates; pass at least one (A, B)")
     _check_common(read, layer)
     _check_ids(read, layer)
-    _check_registered(read, layer, max_rank)
+    refused = _above_registered(read, layer, max_rank)
+    if refused and on_bad_client != "drop":
+        raise InputValueError(next(iter(refused.values())))
+    # A client's place is its name; what it sent is not looked at again.
+    for k, (name, u) in enumerate(zip(_names(read), read, strict=True)):
+        if name in refused:
+            read[k] = replace(u, A=u.A[..., :0, :], B=u.B[..., :0], rank=0, slots=())
     _check_slots(read, layer)
     if all(update.id is not None for update in read):
         read.sort(key=id_order)
-    return read, all(isinstance(X, np.ndarray) for u in listed for X in (u.A, u.B))
+    return read, all(isinstance(X, np.ndarray) for u in listed for X in (u.A, u.B)), refused
 
 
 def where(position: int, id: Hashable | None, layer: str | None, factor: str = "") -> str:
     """How errors name the place: client, layer, factor."""
-    client = f"client {position}" if id is None else f"client {position} (id {id!r})"
+    client = f"client {position}" if id is None else f"client {position} (id {shown(id)})"
     return ", ".join(filter(None, [client, layer and f"layer {layer!r}", factor])) + ": "
 
 
@@ -125,7 +140,7 @@ def _tensor(X: Any, here: str) -> Tensor:
     if X.is_nested or X.layout != torch.strided or X.is_meta:
         kind = "nested" if X.is_nested else "meta" if X.is_meta else f"{X.layout}"
         raise InputTypeError(f"{here}expected a dense tensor with data, got a {kind} one")
-    if X.dtype not in DTYPES:
+    if X.dtype not in FLOATS:
         raise InputTypeError(
             f"{here}expected float16, bfloat16, float32 or float64, got {X.dtype}; convert it "
             "with .float()"
@@ -174,8 +189,8 @@ def _slots(slots: Any, rank: int, here: str) -> tuple[int, ...]:
     if slots is None:
         return tuple(range(rank))
     listed = tuple(
-        as_integer(slot, f"{here}slots: expected integers from 0, got {slots!r}")
-        for slot in as_list(slots, f"{here}slots: expected integers from 0, got {slots!r}")
+        as_integer(slot, f"{here}slots: expected integers from 0, got {shown(slots)}")
+        for slot in as_list(slots, f"{here}slots: expected integers from 0, got {shown(slots)}")
     )
     if len(listed) != rank or len(set(listed)) != rank or min(listed) < 0:
         raise InputValueError(
@@ -236,46 +251,45 @@ def _check_slots(updates: list[ClientUpdate], layer: str | None) -> None:
 def _check_ids(updates: list[ClientUpdate], layer: str | None) -> None:
     # A client without an id is called by its position, which must not be another client's id.
     try:
-        names = Counter(k if u.id is None else u.id for k, u in enumerate(updates))
-    except TypeError as error:
+        names = Counter(_names(updates))
+    except (TypeError, RecursionError) as error:
         raise InputTypeError(f"{_at(layer)}ids must be hashable: {error}") from error
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise InputValueError(
-            f"{_at(layer)}id {twice[0]!r} is given to more than one client; ids must be unique"
+            f"{_at(layer)}id {shown(twice[0])} is given to more than one client; ids must be unique"
         )
 
 
-def _check_registered(
-    updates: list[ClientUpdate],
-    layer: str | None,
-    max_rank: int | Mapping[Hashable, int] | None,
-) -> None:
+def _above_registered(
+    updates: list[ClientUpdate], layer: str | None, max_rank: Registered
+) -> dict[Hashable, str]:
     """A rank or a slot above the registered one would be owned by that client alone."""
     if max_rank is None:
-        return
-    registered = {
-        name: as_integer(most, f"{_at(layer)}max_rank=", at_least=1)
-        for name, most in (max_rank if isinstance(max_rank, Mapping) else {None: max_rank}).items()
-    }
-    for k, update in enumerate(updates):
-        name = None if not isinstance(max_rank, Mapping) else k if update.id is None else update.id
-        if name not in registered:
-            raise InputValueError(
-                f"{where(k, update.id, layer)}not in max_rank=; register its rank under {name!r}"
-            )
-        rank, most = update.rank or 0, registered[name]
-        if rank > most:
-            raise InputValueError(
-                f"{where(k, update.id, layer)}declares rank {rank}, above the registered {most}; "
-                "truncate its update or raise max_rank="
-            )
-        slot = max(update.slots or (0,))
-        if slot >= max(registered.values()):
-            raise InputValueError(
-                f"{where(k, update.id, layer)}fills slot {slot} (from 0), above the registered "
-                f"{max(registered.values())}; raise max_rank="
-            )
+        return {}
+    names = _names(updates)
+    given = max_rank if isinstance(max_rank, Mapping) else dict.fromkeys(names, max_rank)
+    at = f"{_at(layer)}max_rank="
+    registered = {name: as_integer(most, at, at_least=1) for name, most in given.items()}
+    highest = max(registered.values(), default=0)
+    refused: dict[Hashable, str] = {}
+    for k, (name, update) in enumerate(zip(names, updates, strict=True)):
+        rank, most, slot = update.rank or 0, registered.get(name), max(update.slots or (0,))
+        if most is None:
+            why = f"not in max_rank=; register its rank under {shown(name)}"
+        elif rank > most:
+            why = f"declares rank {rank}, above the registered {most}; truncate or raise max_rank="
+        elif slot >= highest:
+            why = f"fills slot {slot} (from 0), above the registered {highest}; raise max_rank="
+        else:
+            continue
+        refused[name] = f"{where(k, update.id, layer)}{why}"
+    return refused
+
+
+def _names(updates: list[ClientUpdate]) -> list[Hashable]:
+    """What clients are called: by their id, or their position in the list."""
+    return [k if update.id is None else update.id for k, update in enumerate(updates)]
 
 
 def id_order(update: ClientUpdate) -> tuple[str, Any]:

@@ -12,9 +12,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from hetlora_agg.checks import as_fraction, as_integer, as_number, check_choice
+from hetlora_agg.checks import as_fraction, as_integer, as_list, as_number, check_choice
 from hetlora_agg.components import Components
-from hetlora_agg.errors import InputTypeError, InputValueError
+from hetlora_agg.errors import InputTypeError, InputValueError, OptionValueError
 from hetlora_agg.linalg import component_peaks, squared_norms
 from hetlora_agg.registry import Statistic
 
@@ -133,6 +133,103 @@ def normalised(mass: Tensor) -> Tensor:
     return relative / relative.sum(-1, keepdim=True)
 
 
+def capped(mass: Tensor, cap: float) -> Tensor:
+    """Mass: the given one as fractions of the whole, none above the cap.
+
+    ``m'_k = min(m_k, t) / Σ_i min(m_i, t)`` with the level t at which the largest fraction is the
+    cap τ, by water-filling: who is above it stands at τ, the others share the rest as before.
+    Where nobody is above τ to begin with, ``m'_k = m_k / Σ m``.
+
+    Args:
+        mass: ``(*layers or (), K)``, at least 0. Should only zeros be left to fill up with, they
+            fill up equally: the limit of equal small masses.
+        cap: τ in (0, 1], at least 1/K; at 1/K all clients count alike.
+
+    Returns:
+        ``(*layers or (), K)`` float64, sums to 1.
+
+    Raises:
+        OptionValueError: K clients cannot all stay at or below τ, since ``K τ < 1``.
+
+    Cost: one sort of K numbers.
+
+    Example:
+        >>> import torch
+        >>> capped(torch.tensor([8.0, 1.0, 1.0], dtype=torch.float64), 0.5)
+        tensor([0.5000, 0.2500, 0.2500], dtype=torch.float64)
+    """
+    clients, cap = mass.shape[-1], as_fraction(cap, "weight_cap=")
+    if cap < 1 / clients:
+        raise OptionValueError(
+            f"weight_cap=: expected at least 1/K = {1 / clients:.6g} for K = {clients} clients, "
+            f"since K τ >= 1 or their fractions cannot add up to 1, got τ = {cap:g}"
+        )
+    fraction = normalised(mass)
+    largest = fraction.sort(dim=-1, descending=True).values
+    # What the largest j leave: once they stand at the cap, the rest share 1 - jτ as they did.
+    rest = largest.flip(-1).cumsum(-1).flip(-1)
+    open_part = 1 - cap * torch.arange(clients, device=mass.device, dtype=torch.float64)
+    # Rounding may say of the last client too that it has to be capped; then all are equal.
+    count = (open_part * largest > cap * rest).sum(-1, keepdim=True).clamp_max(clients - 1)
+    above = fraction > largest.gather(-1, count)
+    below = torch.where(above, 0.0, fraction)
+    below = torch.where(below.amax(-1, keepdim=True) > 0, below, (~above).to(fraction))
+    left = 1 - cap * above.sum(-1, keepdim=True, dtype=torch.float64)
+    # Filled in, since torch.where would round a Python number to float32.
+    return (left * normalised(below)).clamp_max(cap).masked_fill(above, cap)
+
+
+def guarded_share(
+    c: Components,
+    mass: Tensor,
+    *,
+    totals: Sequence[float] | None = None,
+    floor: float | None = None,
+    quorum: int | None = None,
+    weight_cap: float | None = None,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """`slot_share` under the guards against rank inflation, and the slots that the quorum drops.
+
+    With a floor β a coalition T of clients has at most ``p_T / β`` of any slot; with a cap τ
+    besides, ``p_k ≤ τ``, at most ``|T| τ / β``. A quorum of 2f + 1 leaves f clients no slot in
+    which they are not outnumbered.
+
+    Args:
+        c: the components.
+        mass: ``(K,)`` or ``(*layers, K)``.
+        totals: fixed denominators, see `slot_share`.
+        floor: β in (0, 1], see `slot_share`.
+        quorum: fewest owners of a slot, see `slot_share`.
+        weight_cap: τ in (0, 1], see `capped`; taken before the shares.
+
+    Returns:
+        The share ``(R,)`` or ``(*layers, R)``, and the dropped slots, from 0.
+
+    Raises:
+        InputValueError: an option outside its range, or a cap that these clients cannot keep.
+
+    Cost: that of `slot_share`.
+
+    Example:
+        >>> from hetlora_agg.intake import collect
+        >>> from hetlora_agg.validation import read_updates
+        >>> from torch import ones
+        >>> small, large = (ones(1, 2), ones(2, 1)), (ones(2, 2), ones(2, 2))
+        >>> c = collect(read_updates([small, small, large])[0]).components()
+        >>> guarded_share(c, examples(c), quorum=2)
+        (tensor([0.3333, 0.3333, 0.3333, 0.0000], dtype=torch.float64), (1,))
+    """
+    if weight_cap is not None:
+        if totals is not None:
+            raise OptionValueError(
+                "weight_cap= is relative to the weight of those who take part; it has no place by "
+                "totals="
+            )
+        mass = capped(mass, weight_cap)
+    share = slot_share(c, mass, totals=totals, floor=floor, quorum=quorum)
+    return share, dropped_slots(c, quorum)
+
+
 def slot_share(
     c: Components,
     mass: Tensor,
@@ -157,7 +254,11 @@ def slot_share(
             raise InputValueError(
                 "floor= is relative to the owners' sum; it has no place by totals"
             )
-        fixed = [as_number(value, "totals", zero=False) for value in totals]
+        fixed = [as_number(value, "totals=", zero=False) for value in as_list(totals, "totals=")]
+        if len(fixed) < c.n_slots:
+            raise OptionValueError(
+                f"totals=: expected a number for each of {c.n_slots} slots, got {len(fixed)}"
+            )
         share = of_component / of_component.new_tensor([fixed[slot] for slot in c.slots])
     else:
         # Over the slot's largest first, for the same reason as in client_share.

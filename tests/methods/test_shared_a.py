@@ -281,7 +281,7 @@ def test_previous_of_a_model_goes_by_layer():
         aggregate_layers(layers, "shared_a", previous={"q": last, "v": last})
 
 
-@pytest.mark.parametrize("option", ["weighting", "floor", "quorum", "rank"])
+@pytest.mark.parametrize("option", ["weighting", "rank"])
 def test_options_it_does_not_have_are_refused(option):
     with pytest.raises(HetLoRAError, match=option):
         aggregate(hand_updates(), "shared_a", **{option: 1})

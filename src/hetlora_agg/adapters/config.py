@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from hetlora_agg.checks import as_integer, as_number
-from hetlora_agg.errors import InputTypeError, InputValueError
+from hetlora_agg.errors import InputTypeError, InputValueError, shown
 
 UNDERSTOOD = frozenset(
     {
@@ -49,6 +49,16 @@ _STARTS = {
 }
 
 
+BIASES = ("none", "all", "lora_only")
+"""What PEFT knows of training biases."""
+
+LONGEST = 1000
+"""Characters of a pattern; paths of layers have a tenth of them."""
+
+_REPEATED = re.compile(r"\((?:[^()]|\([^()]*\))*[*+}|](?:[^()]|\([^()]*\))*\)[*+{]")
+"""A group under a repetition with a repetition or a choice in it."""
+
+
 def read_config(given: Any, where: str) -> dict[str, Any]:
     """The config as a dict of plain JSON values, checked field by field.
 
@@ -66,11 +76,14 @@ def read_config(given: Any, where: str) -> dict[str, Any]:
             f"{where}: expected adapter_config as a dict or a peft LoraConfig, got "
             f"{type(given).__name__}"
         )
-    config: dict[str, Any] = {str(name): _plain(value) for name, value in given.items()}
+    try:
+        config: dict[str, Any] = {str(name): _plain(value) for name, value in given.items()}
+    except RecursionError as error:
+        raise InputValueError(f"{where}: the adapter's config is nested too deeply") from error
     if str(config.setdefault("peft_type", "LORA")).upper() != "LORA":
         raise InputValueError(
-            f"{where}: expected peft_type 'LORA', got {config['peft_type']!r}; other PEFT methods "
-            "have no factors A and B to aggregate"
+            f"{where}: expected peft_type 'LORA', got {shown(config['peft_type'])}; other PEFT "
+            "methods have no factors A and B to aggregate"
         )
     _check_start(config.get("init_lora_weights"), where)
     # 0 is a value, not an empty one.
@@ -80,13 +93,14 @@ def read_config(given: Any, where: str) -> dict[str, Any]:
         if name not in UNDERSTOOD and not (value is None or value is False or value in ({}, [], ""))
     )
     if odd:
-        found = ", ".join(f"{name}={config[name]!r}" for name in odd[:5])
+        found = ", ".join(f"{name[:100]}={shown(config[name])}" for name in odd[:5])
         raise InputValueError(
             f"{where}: {found} in the adapter's config: expected plain LoRA, rsLoRA or DoRA; what "
             "the field means for B @ A is not known here. Train without it, or set it to null if "
             "it changes nothing"
         )
     _check_numbers(config, where)
+    _check_kinds(config, where)
     return config
 
 
@@ -99,17 +113,47 @@ def _check_numbers(config: dict[str, Any], where: str) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict):
-            raise InputTypeError(f"{where}: {field}: expected a dict, got {patterns!r}")
+            raise InputTypeError(f"{where}: {field}: expected a dict, got {shown(patterns)}")
         for pattern, value in patterns.items():
-            at = f"{where}: {field}[{pattern!r}]"
+            at = f"{where}: {field}[{shown(pattern)}]"
             if field == "rank_pattern":
                 as_integer(value, at, at_least=1)
             else:
                 as_number(value, at, zero=False)
-            try:
-                _compiled(pattern)
-            except re.error as error:
-                raise InputValueError(f"{at}: no regular expression: {error}") from error
+            _check_pattern(pattern, at)
+
+
+def _check_pattern(pattern: str, at: str) -> None:
+    """A regular expression, and none that a chosen path could keep busy for ever."""
+    try:
+        _compiled(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputValueError(f"{at}: no regular expression: {error}") from error
+    if len(pattern) > LONGEST or _REPEATED.search(pattern):
+        raise InputValueError(
+            f"{at}: a pattern of over {LONGEST} characters, or a repeated group that repeats or "
+            "chooses, can take for ever to match; write the layers out, or use * without brackets"
+        )
+
+
+def _check_kinds(config: Mapping[str, Any], where: str) -> None:
+    """Fields whose value decides what is averaged: "false" is no False."""
+    for field in ("use_rslora", "use_dora", "lora_bias"):
+        if not isinstance(config.get(field), (bool, type(None))):
+            raise InputTypeError(
+                f"{where}: {field}: expected true or false, got {shown(config[field])}"
+            )
+    if config.get("bias") not in (None, *BIASES):
+        raise InputValueError(
+            f"{where}: bias: expected one of {list(BIASES)}, got {shown(config['bias'])}"
+        )
+    modules = config.get("modules_to_save")
+    if modules is not None and not (
+        isinstance(modules, list) and all(isinstance(name, str) for name in modules)
+    ):
+        raise InputTypeError(
+            f"{where}: modules_to_save: expected a list of names or null, got {shown(modules)}"
+        )
 
 
 def _check_start(start: Any, where: str) -> None:
@@ -118,7 +162,7 @@ def _check_start(start: Any, where: str) -> None:
         return
     remedy = next((why for name, why in _STARTS.items() if str(start).startswith(name)), None)
     raise InputValueError(
-        f"{where}: init_lora_weights={start!r}: expected one of {PLAIN_STARTS}; "
+        f"{where}: init_lora_weights={shown(start)}: expected one of {PLAIN_STARTS}; "
         + (remedy or "what it does to the base weights is not known here")
     )
 
@@ -135,7 +179,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return value.item() if hasattr(value, "item") else repr(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else shown(value)
 
 
 def rank_and_alpha(config: Mapping[str, Any], path: str) -> tuple[int, float]:

@@ -161,7 +161,7 @@ def _mean(
         factor = {k: f * adapters[k].scaling(extra.key.path) for k, f in factor.items()}
     kinds = (adapters[client].info(key).dtype for client, key in owners.items())
     dtype = reduce(torch.promote_types, (kind for kind in kinds if kind is not None))
-    mean = torch.zeros(extra.shape, dtype=dtype)
+    mean = torch.zeros(extra.shape, dtype=dtype, device="cpu")
     for rows in _slabs(extra.shape):
         slab = torch.zeros_like(mean if rows is None else mean[rows], dtype=torch.float64)
         # One order, whatever that of the clients: the same bits.

@@ -41,8 +41,10 @@ def global_adapter(
         for part, X in zip(pair, layer.folded(low_rank), strict=True):
             tensors[Key(part, path).spelled(style.name, style.prefix)] = X
     for extra, value in extras.values():
-        # Unnamed full-size tensors stay so: what has a name in memory was sent with one.
-        name = style.name if extra.key.module == "" or extra.key.name else None
+        # Unnamed full-size tensors stay so: what has a name in memory was sent with one, which may
+        # be all that says what it is.
+        own = extra.key.name
+        name = style.name if extra.key.module == "" else own and (style.name or own)
         tensors[extra.key.spelled(name, style.prefix)] = value
     config = _config(clients, {path: low_rank.rank for path, low_rank in factors.items()})
     scalings = 1.0 if config is None else None

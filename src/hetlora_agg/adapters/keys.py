@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hetlora_agg.errors import InputValueError
+from hetlora_agg.errors import InputValueError, shown
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's own path."""
@@ -174,4 +174,4 @@ def listed(names: Iterable[Any], most: int = 5) -> str:
     """Up to five names, and how many more."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(name) for name in names[:most]) + more
+    return ", ".join(shown(name) for name in names[:most]) + more

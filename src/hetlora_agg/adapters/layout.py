@@ -13,7 +13,7 @@ from hetlora_agg.adapters.config import rank_and_alpha, scaling_of
 from hetlora_agg.adapters.keys import BIAS, FACTORS, MAGNITUDE, Key, listed
 from hetlora_agg.adapters.tensors import Tensors
 from hetlora_agg.checks import as_number
-from hetlora_agg.errors import InputTypeError, InputValueError
+from hetlora_agg.errors import InputTypeError, InputValueError, shown
 from hetlora_agg.types import LowRank
 
 
@@ -80,7 +80,7 @@ def pair_up(
                 f"{name}, layer {path!r}: expected {pair[0]} and {pair[1]}, got only "
                 f"{listed(found)}; send both"
             )
-        at = f"{name}, layer {path!r}"
+        at = f"{name}, layer {shown(path)}"
         A, B = _shapes(at, tensors, found[pair[0]], found[pair[1]])
         if config is None:
             scaling = _given_scaling(at, path, scalings)

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hetlora_agg.checks import FLOATS
 from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.types import from_numpy
-from hetlora_agg.validation import DTYPES
 
 STORED = {
     "F16": torch.float16,
@@ -64,7 +64,7 @@ def in_memory(given: Mapping[str, Any], where: str) -> Tensors:
             raise InputTypeError(f"{where}: {key!r}: expected a dense tensor, got a {kind} one")
         tensors[str(key)] = X.detach()
     infos = {
-        key: Info(tuple(X.shape), X.dtype if X.dtype in DTYPES else None)
+        key: Info(tuple(X.shape), X.dtype if X.dtype in FLOATS else None)
         for key, X in tensors.items()
     }
     return Tensors(infos, lambda key, rows: tensors[key] if rows is None else tensors[key][rows])

@@ -10,14 +10,18 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hetlora_agg import METHODS
-from hetlora_agg.cli.adapters import integers, progress_bar
+from hetlora_agg.cli.adapters import integers, option, progress_bar
 from hetlora_agg.cli.errors import Failure
 from hetlora_agg.plotting import plot_simulation, require_matplotlib
 from hetlora_agg.simulate import (
+    ATTACKS,
+    SAMPLINGS,
+    Attack,
     Settings,
     SimulationResult,
     record_of,
@@ -36,7 +40,19 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     add("--local-epochs", type=int, default=Settings.local_epochs, help="epochs per round")
     add("--dirichlet", type=float, default=Settings.dirichlet, help="label skew: small is skewed")
     add("--participation", type=float, default=Settings.participation, help="share of clients")
+    add("--sampling", choices=SAMPLINGS, default=Settings.sampling, help="how clients are drawn")
     add("--lora-alpha", type=float, default=Settings.lora_alpha, help="scaling is this over rank")
+    add("--attackers", type=int, default=0, metavar="N", help="the first N clients attack")
+    add("--attack", choices=sorted(ATTACKS), default="rank-inflation", help="what they do")
+    add("--registered", action="store_true", help="drop who declares more than its rank")
+    add(
+        "--option",
+        action="append",
+        default=[],
+        type=option,
+        metavar="NAME=VALUE",
+        help="an option for the methods that have it, such as quorum=3; may be repeated",
+    )
     add("--seeds", type=integers, default="0,1,2", help="every method runs once per seed")
     add("--out", type=Path, metavar="DIR", help="write simulation.json and simulation.png there")
     add("--force", action="store_true", help="overwrite the files in DIR")
@@ -51,8 +67,11 @@ def _simulate(arguments: argparse.Namespace) -> None:
         raise Failure(f"--seeds: expected each once, got {','.join(map(str, arguments.seeds))}")
     if arguments.out is not None:
         _check_free(arguments.out, arguments.force)
-    runs = _run_seeds(names, arguments)
+    attack = _attack(arguments)
+    runs = _run_seeds(names, arguments, attack)
     record = record_of(runs)
+    if attack is not None:
+        record["attack"] = repr(attack)
     text = json.dumps(record, indent=2, allow_nan=False)
     print(text if arguments.json else table_of(record))
     if not record["methods"]:
@@ -67,8 +86,25 @@ def _simulate(arguments: argparse.Namespace) -> None:
             print(f"wrote {path}", file=sys.stderr)
 
 
+def _attack(arguments: argparse.Namespace) -> Attack | None:
+    """What the first clients do, if any attacks."""
+    if not 0 <= arguments.attackers < len(arguments.ranks):
+        raise Failure(
+            f"--attackers: expected 0 to {len(arguments.ranks) - 1}, so that one of "
+            f"{len(arguments.ranks)} clients is honest, got {arguments.attackers}"
+        )
+    attackers = tuple(range(arguments.attackers))
+    return ATTACKS[arguments.attack](attackers) if attackers else None
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of the methods, and the registry of ranks."""
+    registry = {"max_rank": dict(enumerate(arguments.ranks)), "on_bad_client": "drop"}
+    return (registry if arguments.registered else {}) | dict(arguments.option)
+
+
 def _run_seeds(
-    names: Sequence[str], arguments: argparse.Namespace
+    names: Sequence[str], arguments: argparse.Namespace, attack: Attack | None
 ) -> dict[str, list[SimulationResult]]:
     """Method -> one result per seed; the methods of a seed share data, start and participation."""
     runs: dict[str, list[SimulationResult]] = {name: [] for name in names}
@@ -86,9 +122,12 @@ def _run_seeds(
                 local_epochs=arguments.local_epochs,
                 dirichlet=arguments.dirichlet,
                 participation=arguments.participation,
+                sampling=arguments.sampling,
                 lora_alpha=arguments.lora_alpha,
                 seed=seed,
+                attack=attack,
                 progress=progress,
+                **_options(arguments),
             )
             progress.finish_seed()
             for name, result in results.items():

@@ -22,7 +22,8 @@ def sketch(update: ClientUpdate | tuple[Any, Any], omega: Tensor) -> Tensor:
 
     Args:
         update: a `ClientUpdate` or ``(A, B)``, ``A (*layers, rank, in_features)``,
-            ``B (*layers, out_features, rank)``. Its weight is not applied.
+            ``B (*layers, out_features, rank)``. Its weight is not applied, `secure.linear_message`
+            does that.
         omega: ``(*layers, in_features, width)``, or one for all layers; standard normal.
 
     Returns:
@@ -61,7 +62,8 @@ def project(update: ClientUpdate | tuple[Any, Any], Q: Tensor) -> Tensor:
 
     Args:
         update: a `ClientUpdate` or ``(A, B)``, ``A (*layers, rank, in_features)``,
-            ``B (*layers, out_features, rank)``. Its weight is not applied.
+            ``B (*layers, out_features, rank)``. Its weight is not applied, `secure.linear_message`
+            does that.
         Q: ``(*layers, out_features, width)``, from `basis`.
 
     Returns:

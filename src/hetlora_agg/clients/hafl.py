@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.checks import as_fraction, as_integer, as_list, as_number
-from hetlora_agg.clients.reading import as_finite_factors, wide
+from hetlora_agg.clients.reading import as_finite_factors, as_scores, wide
 from hetlora_agg.errors import InputTypeError, InputValueError
-from hetlora_agg.linalg import all_finite
 from hetlora_agg.types import LowRank
 
 
@@ -180,17 +179,7 @@ def as_bits(value: object, what: str) -> int:
 
 def _ranking(scores: Tensor, what: str) -> list[int]:
     """The slots from the most important to the least, of equal ones the lower first."""
-    if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise InputTypeError(f"{what}: scores: expected a floating torch tensor, got {found}")
-    if scores.dim() < 1 or 0 in scores.shape:
-        raise InputValueError(
-            f"{what}: scores: expected (*layers, rank), got {tuple(scores.shape)}"
-        )
-    if not all_finite(scores):
-        raise InputValueError(
-            f"{what}: scores: NaN or Inf; start again with earlier=None after a bad step"
-        )
+    scores = as_scores(scores, what)
     summed = scores.detach().double().reshape(-1, scores.shape[-1]).sum(0)
     order: list[int] = summed.argsort(descending=True, stable=True).tolist()
     return order

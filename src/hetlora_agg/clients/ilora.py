@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.checks import as_integer, as_list, as_number
-from hetlora_agg.clients.reading import as_finite_factors, as_matrix, as_slots
+from hetlora_agg.clients.reading import as_finite_factors, as_matrix, as_slots, check_reach
 from hetlora_agg.distribute import distribute
 from hetlora_agg.errors import InputValueError
 from hetlora_agg.linalg import all_finite, exact_arithmetic, orthonormal_columns
@@ -132,10 +132,11 @@ def corrected(
     own = as_finite_factors(own, f"{what}: own", like=gradient)
     with torch.no_grad():
         c = _of_slots(server, slots, own, what)
-        return LowRank(
+        moved = LowRank(
             (gradient.A - own.A + c.A).to(gradient.A.dtype),
             (gradient.B - own.B + c.B).to(gradient.B.dtype),
         )
+    return check_reach(moved, what)
 
 
 def client_variate(
@@ -194,13 +195,15 @@ def client_variate(
     start = as_finite_factors(start, f"{what}: start", like=own)
     end = as_finite_factors(end, f"{what}: end", like=own)
     steps = as_integer(steps, f"{what}: steps", at_least=1)
-    length = steps * as_number(learning_rate, f"{what}: learning_rate", zero=False)
+    rate = as_number(learning_rate, f"{what}: learning_rate", zero=False)
+    length = as_number(steps, f"{what}: steps", zero=False) * rate
     with torch.no_grad():
         c = _of_slots(server, slots, own, what)
-        return LowRank(
+        moved = LowRank(
             (own.A - c.A + (start.A - end.A) / length).to(own.A.dtype),
             (own.B - c.B + (start.B - end.B) / length).to(own.B.dtype),
         )
+    return check_reach(moved, what)
 
 
 def server_variate(
@@ -252,6 +255,7 @@ def server_variate(
         for k, change in enumerate(as_list(changes, f"{what}: changes"))
     ]
     clients = as_integer(clients, f"{what}: clients", at_least=max(1, len(read)))
+    every_client = as_number(clients, f"{what}: clients", zero=False)
     given = [None] * len(read) if slots is None else as_list(slots, f"{what}: slots")
     if len(given) != len(read):
         raise InputValueError(
@@ -268,10 +272,11 @@ def server_variate(
         scatter = (every[:, None] == index).double()
         A = torch.cat([server.A[..., :0, :], *(c.A.to(server.A) for c in read)], dim=-2).double()
         B = torch.cat([server.B[..., :0], *(c.B.to(server.B) for c in read)], dim=-1).double()
-        return LowRank(
-            (server.A + scatter @ A / clients).to(server.A.dtype),
-            (server.B + B @ scatter.mT / clients).to(server.B.dtype),
+        moved = LowRank(
+            (server.A + scatter @ A / every_client).to(server.A.dtype),
+            (server.B + B @ scatter.mT / every_client).to(server.B.dtype),
         )
+    return check_reach(moved, what)
 
 
 def _of_slots(server: LowRank, slots: Sequence[int] | None, own: LowRank, what: str) -> LowRank:

@@ -136,7 +136,8 @@ def quantise(adapter: LowRank, bits: int | Sequence[int]) -> Quantised:
     code_dtype = torch.uint8 if max(each, default=1) <= 8 else torch.uint16
     pair_dtype = torch.promote_types(dtype, torch.float32)
     with exact_arithmetic(adapter.A.device.type):
-        levels = torch.tensor([2**b - 1 for b in each], dtype=torch.float64).to(adapter.A.device)
+        device = adapter.A.device
+        levels = torch.tensor([2**b - 1 for b in each], dtype=torch.float64, device=device)
         (code_A, low_A, step_A), (code_B, low_B, step_B) = (
             _coded(adapter.A.double(), levels.unsqueeze(-1), -1, pair_dtype),
             _coded(adapter.B.double(), levels, -2, pair_dtype),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetlora_agg.checks import as_integer, as_list
+from hetlora_agg.checks import as_integer, as_list, no_data
 from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.linalg import all_finite
 from hetlora_agg.types import AggregationResult, LowRank
@@ -16,13 +16,11 @@ from hetlora_agg.types import AggregationResult, LowRank
 
 def as_factors(value: Any, what: str, like: LowRank | None = None) -> LowRank:
     """A `LowRank` of floating tensors, in the shapes of ``like`` if that is given."""
-    if not isinstance(value, LowRank) or not all(
-        isinstance(X, Tensor) and X.is_floating_point() for X in (value.A, value.B)
-    ):
+    if not isinstance(value, LowRank) or any(map(_odd, (value.A, value.B))):
         found = type(value).__name__
         if isinstance(value, LowRank):
-            kinds = (getattr(X, "dtype", type(X).__name__) for X in (value.A, value.B))
-            found = "one of " + " and ".join(map(str, kinds))
+            kinds = (_odd(X) or str(X.dtype) for X in (value.A, value.B))
+            found = "one of " + " and ".join(kinds)
         raise InputTypeError(f"{what}: expected a LowRank of floating torch tensors, got {found}")
     if like is not None and (value.A.shape, value.B.shape) != (like.A.shape, like.B.shape):
         raise InputValueError(
@@ -56,12 +54,36 @@ def as_result(value: Any, what: str) -> AggregationResult:
 
 def as_matrix(value: Any, what: str, shape: str) -> Tensor:
     """A floating tensor of at least two dimensions, none of them 0."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    if found := _odd(value):
         raise InputTypeError(f"{what}: expected a floating torch tensor {shape}, got {found}")
     if value.dim() < 2 or 0 in value.shape:
         raise InputValueError(f"{what}: expected {shape}, got {tuple(value.shape)}")
-    return value
+    matrix: Tensor = value
+    return matrix
+
+
+def as_scores(value: Any, what: str) -> Tensor:
+    """A finite floating tensor ``(*layers, rank)``."""
+    if found := _odd(value):
+        raise InputTypeError(f"{what}: scores: expected a floating torch tensor, got {found}")
+    if value.dim() < 1 or 0 in value.shape:
+        raise InputValueError(f"{what}: scores: expected (*layers, rank), got {tuple(value.shape)}")
+    scores: Tensor = value
+    if not all_finite(scores):
+        raise InputValueError(
+            f"{what}: scores: NaN or Inf; start again with earlier=None after a bad step"
+        )
+    return scores
+
+
+def check_reach(factors: LowRank, what: str) -> LowRank:
+    """The factors, refused where the arithmetic has left their dtype."""
+    if not all_finite(factors.A, factors.B):
+        raise InputValueError(
+            f"{what}: the result has entries beyond {factors.A.dtype}; take larger steps, or pass "
+            "the factors in a wider dtype"
+        )
+    return factors
 
 
 def as_generator(value: Any, what: str) -> torch.Generator:
@@ -87,6 +109,11 @@ def as_slots(slots: Sequence[int] | None, rank: int, width: int, what: str) -> l
             f"component, got {read}"
         )
     return read
+
+
+def _odd(value: Any) -> str:
+    """What makes of a value no floating tensor with data, in words; nothing if it is one."""
+    return no_data(value) if isinstance(value, Tensor) else type(value).__name__
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

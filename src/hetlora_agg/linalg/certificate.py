@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetlora_agg.linalg.products import product_norm
+from hetlora_agg.linalg.products import balanced, product_norm
 from hetlora_agg.linalg.solution import norms
 from hetlora_agg.linalg.symmetric import exact_product, gram_matrix
 
@@ -24,7 +24,8 @@ class Certificate:
         driver: the driver that ran, see `linalg.svd_product`.
         norm: Frobenius norm of the whole matrix W.
         tail: Frobenius norm of what truncation discarded: the least error any matrix of that rank
-            has. From the spectrum; randomized drivers estimate or measure it.
+            has. From the spectrum; randomized drivers estimate or measure it. Of an unbiased draw:
+            its own distance from W.
         rounding: bound on what rounding adds: sums in float64, casts to the result's dtype, and,
             where the vectors were multiplied out in float32, the usual √R of independent roundings.
         size: ``Σ ‖b_j‖‖a_j‖``, the length of the sum that makes W.
@@ -55,7 +56,10 @@ class Certificate:
     @property
     def cancellation(self) -> Tensor:
         """``size / norm``: digits of the input that the sum cancels; 1 for a zero sum of zeros."""
-        size, norm = torch.as_tensor(self.size), torch.as_tensor(self.norm)
+        size, norm = (
+            X if isinstance(X, Tensor) else torch.as_tensor(X, device="cpu")
+            for X in (self.size, self.norm)
+        )
         return torch.where(size > 0, size / norm, 1.0)
 
     def tensors(self) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def _measured(
     signed = torch.cat([S.new_ones(B.shape[-1]), -S]).double()
     E, F = torch.cat([B, U], -1), torch.cat([A, Vh], -2)
     if E.dtype == torch.float64:
-        E, F = _balanced(E * signed, F)
+        E, F = balanced(E * signed, F)
         signed = torch.ones_like(signed)
     generator = torch.Generator().manual_seed(0)
     shape = (F.shape[-1], PROBES)
@@ -124,14 +128,3 @@ def _measured(
         if bool(square > SURE * size.square()):
             return square.sqrt(), probed
     return product_norm(E.double() * signed, F), probed
-
-
-def _balanced(E: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product from pairs of columns and rows of one size, by powers of two."""
-    ratio = norms(E, -2).log2() - norms(F, -1).log2()
-    power = torch.where(torch.isfinite(ratio), (ratio / 2).round(), 0.0)
-    # Halved, since a power of two itself may leave float64.
-    low = (power / 2).floor()
-    for part in (low, power - low):
-        E, F = E * torch.exp2(-part), F * torch.exp2(part).unsqueeze(-1)
-    return E, F

@@ -27,8 +27,21 @@ def component_inner_products(B: Tensor, A: Tensor, B_other: Tensor, A_other: Ten
 
 def squared_norms(B: Tensor, A: Tensor) -> Tensor:
     """``‖B A‖_F² = tr((BᵀB)(A Aᵀ))``, ``(*batch,)`` float64, clamped at zero."""
-    B, A = B.double(), A.double()
+    # Else a tiny b_j beside a huge a_j has a square of 0, whatever the size of b_j a_j.
+    B, A = balanced(B, A) if B.dtype == torch.float64 else (B.double(), A.double())
     return ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp_min(0)
+
+
+def balanced(E: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product from pairs of columns and rows of one size, by powers of two."""
+    ratio = norms(E, -2).log2() - norms(F, -1).log2()
+    power = torch.where(torch.isfinite(ratio), (ratio / 2).round(), 0.0)
+    # Halved, since a power of two itself may leave float64.
+    low = (power / 2).floor()
+    for part in (low, power - low):
+        E = E * torch.exp2(-part).unsqueeze(-2)
+        F = F * torch.exp2(part).unsqueeze(-1)
+    return E, F
 
 
 def component_peaks(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

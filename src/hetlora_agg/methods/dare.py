@@ -3,20 +3,32 @@
 import torch
 
 from hetlora_agg.checks import as_number
+from hetlora_agg.claims import ENTRYWISE, GAUGE_FREE, IDLE, SYMMETRIC
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
 from hetlora_agg.core import core, core_bytes
 from hetlora_agg.drawing import Generator, uniform
 from hetlora_agg.errors import OptionValueError
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import examples, normalised
 
 
 @method(
     reference="arXiv:2311.03099",
-    claims={k: v for k, v in SYMMETRIC.items() if k in ("rescaling", "homogeneous", "orthogonal")}
-    | {"mixed_ranks": {}, "gauge": {}},
+    claims={
+        k: v
+        for k, v in SYMMETRIC.items()
+        if k in ("rescaling", "homogeneous", "orthogonal", "absent")
+    }
+    | GAUGE_FREE
+    | {
+        "mixed_ranks": {},
+    },
+    fails=dict.fromkeys(
+        (*ENTRYWISE, *IDLE, "order", "split_client", "transpose", "single_client", "layers"),
+        "random masks",
+    ),
     workspace=core_bytes,
 )
 def dare(

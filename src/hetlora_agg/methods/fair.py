@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.checks import as_number
+from hetlora_agg.claims import SYMMETRIC, ZERO_PADDED
 from hetlora_agg.combining import average_factors
 from hetlora_agg.components import Components
 from hetlora_agg.linalg import solve_gram
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
 from hetlora_agg.weighting import Weighting, weighted_share
 
@@ -19,7 +20,12 @@ from hetlora_agg.weighting import Weighting, weighted_share
         "mixed_ranks": {},
         "split_client": {},
         "idle_coverage": {"regularisation": 0.0},
+        "bounded_share": {},
     },
+    fails=dict.fromkeys(
+        (*ZERO_PADDED, "idle_coverage_squared", "transpose", "zero_component"),
+        "corrected factor means",
+    ),
 )
 def fair(
     c: Components, *, regularisation: float = 0.01, weighting: Weighting = "examples"

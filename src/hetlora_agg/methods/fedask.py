@@ -1,12 +1,13 @@
 """`fedask`: two linear sketches whose messages are sums, FedASK."""
 
 from hetlora_agg.checks import as_integer
+from hetlora_agg.claims import GAUGE_FREE, STACKED, SYMMETRIC, TRUNCATED
 from hetlora_agg.combining import cast_balanced, stack
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, as_rank, compress
 from hetlora_agg.drawing import Generator, normal
 from hetlora_agg.linalg import orthonormal_columns
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
 from hetlora_agg.weighting import Weighting, weighted_share
 
@@ -17,14 +18,19 @@ OVERSAMPLING = 8
 @method(
     reference="arXiv:2507.09990",
     claims={k: v for k, v in SYMMETRIC.items() if k not in ("orthogonal", "transpose")}
+    | GAUGE_FREE
     | {
         "mixed_ranks": {},
         "exact": {"rank": "full"},
         "split_client": {},
-        "gauge": {},
         "zero_component": {"rank": "full"},
         "idle_coverage": {},
+        "cohort_equal": {"rank": "full"},
+        "cohort_ratio": {"rank": "full"},
+        "bounded_share": {},
     },
+    fails=dict.fromkeys((*STACKED, *TRUNCATED, "orthogonal", "transpose"), "sketch"),
+    sums="sketches",
 )
 def fedask(
     c: Components,

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.checks import as_number, check_choice, fitting_state
+from hetlora_agg.claims import COHORTS, ESTIMATES, GAUGE_FREE, IDLE, SYMMETRIC
 from hetlora_agg.combining import stack
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
 from hetlora_agg.weighting import client_share, examples, normalised, over_all_layers
 
@@ -37,14 +38,21 @@ def held(c: Components, width: int) -> Tensor:
 @method(
     reference="arXiv:2505.18494",
     claims=SYMMETRIC
+    | GAUGE_FREE
     | {
         "mixed_ranks": {},
         "exact": {"weighting": "examples", "rank": "full"},
         "split_client": {"weighting": "examples"},
-        "gauge": {},
         "zero_component": {"rank": "full"},
         "idle_kept": {},
+        "layers": {"per_layer": True},
+        "cohort_equal": {"rank": "full"},
+        "cohort_ratio": {"weighting": "examples", "rank": "full"},
+        "bounded_share": {"weighting": "examples"},
     },
+    fails=dict.fromkeys((*ESTIMATES, *COHORTS, "bounded_share", "zero_component"), "equal means")
+    | dict.fromkeys(IDLE[1:], "steps from truncations")
+    | {"split_client": "doubled mass", "layers": "one mass for all layers"},
     statistic=truncation_errors,
 )
 def fedhl(

@@ -1,9 +1,10 @@
 """`fedit`: plain averages of the factors."""
 
+from hetlora_agg.claims import COHORTS, GAUGE, SYMMETRIC
 from hetlora_agg.combining import average_factors
 from hetlora_agg.components import Components
 from hetlora_agg.errors import InputValueError
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import Weighting, weighted_share
 
@@ -16,7 +17,11 @@ from hetlora_agg.weighting import Weighting, weighted_share
         "statistical_uncorrelated": {},
         "idle_kept": {},
         "split_client": {},
+        "bounded_share": {},
     },
+    fails=dict.fromkeys(("mixed_ranks", "zero_component"), "refusal")
+    | dict.fromkeys((*COHORTS, *GAUGE, "exact", "statistical"), "factor means"),
+    sums="factors",
 )
 def fedit(c: Components, *, weighting: Weighting = "examples") -> AggregationResult:
     """Averages the A's and the B's apart; equal ranks only.

@@ -1,10 +1,11 @@
 """`fedrot`: factors rotated to last round's before they are averaged, FedRot-LoRA."""
 
 from hetlora_agg.checks import as_integer, as_number, fitting_state
+from hetlora_agg.claims import SYMMETRIC, ZERO_PADDED
 from hetlora_agg.combining import average_factors
 from hetlora_agg.components import Components
 from hetlora_agg.errors import OptionValueError
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.rotating import rotate_to
 from hetlora_agg.types import AggregationResult, LowRank, result_of
 from hetlora_agg.weighting import Weighting, weighted_share
@@ -18,7 +19,9 @@ from hetlora_agg.weighting import Weighting, weighted_share
         "split_client": {},
         "zero_component": {},
         "idle_coverage_squared": {},
+        "bounded_share": {},
     },
+    fails=dict.fromkeys(ZERO_PADDED, "factor means"),
 )
 def fedrot(
     c: Components,

@@ -1,8 +1,9 @@
 """`ffa`: mean of B under a frozen, common A, FFA-LoRA."""
 
+from hetlora_agg.claims import STACKED, SYMMETRIC
 from hetlora_agg.combining import average_factors, common_rows
 from hetlora_agg.components import Components
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
 from hetlora_agg.weighting import Weighting, weighted_share
 
@@ -16,10 +17,15 @@ from hetlora_agg.weighting import Weighting, weighted_share
         "split_client": {},
         "zero_component": {},
         "idle_coverage": {},
+        "cohort_equal": {},
+        "cohort_ratio": {},
+        "bounded_share": {},
     },
+    fails=dict.fromkeys(STACKED, "stack") | {"cohort": "own total"},
     client="train_B",
     unscaled="A",
     common=True,
+    sums="factors",
 )
 def ffa(c: Components, *, weighting: Weighting = "examples") -> AggregationResult:
     """Averages zero-padded B's under an A that is common to all clients and never trained.

@@ -1,8 +1,9 @@
 """`flora`: stacking, exact."""
 
+from hetlora_agg.claims import GAUGE_FREE, SYMMETRIC
 from hetlora_agg.combining import stack
 from hetlora_agg.components import Components
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import Weighting, weighted_share
 
@@ -10,16 +11,26 @@ from hetlora_agg.weighting import Weighting, weighted_share
 @method(
     reference="arXiv:2409.05976",
     claims=SYMMETRIC
+    | GAUGE_FREE
     | {
         "mixed_ranks": {},
         "exact": {},
         "split_client": {},
-        "gauge": {},
         "zero_component": {},
+        "cohort": {},
+        "cohort_equal": {},
+        "cohort_ratio": {},
+        "bounded_share": {},
     },
+    fails=dict.fromkeys(
+        ("consensus", "statistical", "statistical_uncorrelated", "slot_ratio"), "stack"
+    ),
     client="restart",
+    sums="products",
 )
-def flora(c: Components, *, weighting: Weighting = "examples") -> AggregationResult:
+def flora(
+    c: Components, *, weighting: Weighting = "examples", total: float | None = None
+) -> AggregationResult:
     """Stacks all clients' components: the exact mean of the updates, at rank ``Σ r_k``.
 
     ``A_g = [p_1 A_1; …; p_K A_K]``, ``B_g = [B_1 … B_K]``, so ``B_g A_g = Σ p_k ΔW_k``.
@@ -28,6 +39,9 @@ def flora(c: Components, *, weighting: Weighting = "examples") -> AggregationRes
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
         weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
             returns the clients' coefficients, such as `robustness.geomed`.
+        total: the denominator of "examples" in place of ``Σ n``: with the weight of all clients,
+            whoever takes part, and weights ``n_k / π_k`` a cohort's result is unbiased for
+            everybody's (Horvitz-Thompson).
 
     Returns:
         Factors of rank R, not nested: fold them into the base weight and let the clients draw a
@@ -48,4 +62,4 @@ def flora(c: Components, *, weighting: Weighting = "examples") -> AggregationRes
 
     Deviations: none.
     """
-    return result_of(stack(c, weighted_share(c, weighting)), nested=False)
+    return result_of(stack(c, weighted_share(c, weighting, total)), nested=False)

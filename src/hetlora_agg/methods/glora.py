@@ -2,11 +2,12 @@
 
 import torch
 
+from hetlora_agg.claims import GAUGE_FREE, STACKED, SYMMETRIC, TRUNCATED
 from hetlora_agg.combining import cast_balanced, stack
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, as_rank, compress
 from hetlora_agg.linalg import column_space, row_space
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
 from hetlora_agg.weighting import Weighting, weighted_share
 
@@ -14,14 +15,18 @@ from hetlora_agg.weighting import Weighting, weighted_share
 @method(
     reference="arXiv:2605.06733",
     claims={k: v for k, v in SYMMETRIC.items() if k != "transpose"}
+    | GAUGE_FREE
     | {
         "mixed_ranks": {},
         "exact": {"rank": "full"},
         "split_client": {},
-        "gauge": {},
         "zero_component": {"rank": "full"},
         "idle_coverage": {},
+        "cohort_equal": {"rank": "full"},
+        "cohort_ratio": {"rank": "full"},
+        "bounded_share": {},
     },
+    fails=dict.fromkeys((*STACKED, *TRUNCATED, "transpose"), "agreed rows"),
 )
 def glora(
     c: Components,

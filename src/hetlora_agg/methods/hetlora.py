@@ -1,8 +1,9 @@
 """`hetlora`: zero-padded averages weighted by the size of the update."""
 
+from hetlora_agg.claims import SYMMETRIC, ZERO_PADDED
 from hetlora_agg.combining import average_factors
 from hetlora_agg.components import Components
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import (
     client_share,
@@ -18,7 +19,12 @@ from hetlora_agg.weighting import (
     | {
         "mixed_ranks": {},
         "zero_component": {},
+        "layers": {"per_layer": True},
     },
+    fails=dict.fromkeys(
+        (*ZERO_PADDED, "idle_coverage_squared", "bounded_share"), "norm-weighted factor means"
+    )
+    | {"split_client": "doubled mass", "layers": "one mass for all layers"},
     statistic=client_squared_norms,
     client="prune",
 )

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.checks import check_choice, fitting_state
+from hetlora_agg.claims import GAUGE_FREE, STACKED, SYMMETRIC, TRUNCATED
 from hetlora_agg.combining import stack
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, as_rank
 from hetlora_agg.errors import OptionValueError
 from hetlora_agg.linalg import SPLITS, norms, orthonormal_columns
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
 from hetlora_agg.weighting import Weighting, weighted_share
 
@@ -17,13 +18,19 @@ from hetlora_agg.weighting import Weighting, weighted_share
 @method(
     reference="arXiv:2511.16069",
     claims={k: v for k, v in SYMMETRIC.items() if k not in ("orthogonal", "transpose")}
+    | GAUGE_FREE
     | {
         "mixed_ranks": {},
         "exact": {"rank": "full"},
         "split_client": {},
-        "gauge": {},
         "zero_component": {"rank": "full"},
+        "cohort_equal": {"rank": "full"},
+        "cohort_ratio": {"rank": "full"},
+        "bounded_share": {},
     },
+    fails=dict.fromkeys(
+        (*STACKED, *TRUNCATED, "idle_coverage", "orthogonal", "transpose"), "leading columns"
+    ),
     client="qr_start",
 )
 def ilora(

@@ -1,16 +1,23 @@
 """`median`: entry by entry in the shared core, the middle client."""
 
+from hetlora_agg.claims import ENTRYWISE, GAUGE_FREE, IDLE, SYMMETRIC
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
 from hetlora_agg.core import core, core_bytes
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import uniform
 
 
 @method(
     reference="arXiv:1803.01498",
-    claims=SYMMETRIC | {"mixed_ranks": {}, "gauge": {}, "zero_component": {"rank": "full"}},
+    claims=SYMMETRIC
+    | GAUGE_FREE
+    | {
+        "mixed_ranks": {},
+        "zero_component": {"rank": "full"},
+    },
+    fails=dict.fromkeys((*ENTRYWISE, *IDLE, "split_client"), "entrywise median"),
     workspace=core_bytes,
 )
 def median(c: Components, *, rank: Rank = None, split: str = "balanced") -> AggregationResult:

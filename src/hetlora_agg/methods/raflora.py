@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 from hetlora_agg.checks import as_integer, as_list, fitting_state
+from hetlora_agg.claims import OWNER_AVERAGED, SYMMETRIC
 from hetlora_agg.combining import carry_over, stack
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
 from hetlora_agg.errors import InputValueError
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
-from hetlora_agg.weighting import examples, slot_share
+from hetlora_agg.weighting import examples, guarded_share
 
 
 @method(
@@ -22,13 +23,24 @@ from hetlora_agg.weighting import examples, slot_share
         "statistical": {"rank": "full"},
         "split_client": {},
         "idle_kept": {},
+        "cohort_equal": {"rank": "full"},
+        "slot_ratio": {"rank": "full"},
+        "bounded_share": {"floor": 1.0},
+        "component_scale": {},
     },
+    fails=dict.fromkeys(
+        (*OWNER_AVERAGED, "statistical_uncorrelated", "gauge", "component_order"), "cut owner means"
+    ),
+    sums="products",
 )
 def raflora(
     c: Components,
     *,
     levels: Sequence[int] | None = None,
     rank: Rank = None,
+    floor: float | None = None,
+    quorum: int | None = None,
+    weight_cap: float | None = None,
     previous: LowRank | AggregationResult | None = None,
     split: str = "balanced",
 ) -> AggregationResult:
@@ -41,6 +53,10 @@ def raflora(
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
         levels: the configured ranks, whoever takes part this round; None takes the participants'.
         rank: None for ``R_M``, "full" for no truncation, or an integer.
+        floor: support floor β in (0, 1]: no client gets more than ``p_k / β`` of a partition.
+        quorum: partitions that fewer clients reach are left out, their slots listed in
+            ``.dropped``.
+        weight_cap: τ in (0, 1]: no client counts for more than this part of all weight.
         previous: last round's global factors: partitions nobody reached are carried over from
             them. Needs ``levels``.
         split: "balanced", "left" (all of S in B) or "right" (all of S in A).
@@ -65,7 +81,7 @@ def raflora(
     Reference: raFLoRA, Wu, Hu, Min, Wang, arXiv:2602.13486.
 
     Fidelity: PAPER for weighting by effective contributions, SECOND for the partitions, OURS for
-    the carry-over.
+    the carry-over, ``floor``, ``quorum`` and ``weight_cap``.
 
     Deviations: none known. On the same clients it equals 'rb' at the same rank; the two differ in
     what rounds with absent clients keep, since ``levels`` are the configured ranks. Without
@@ -75,8 +91,12 @@ def raflora(
     _check_prefix(c)
     levels = _checked_levels(c, levels, previous is not None)
     previous = fitting_state("previous", previous, c)
-    combined = carry_over(stack(c, slot_share(c, examples(c))), c, previous)
-    return result_of(compress(combined, rank, default=max(levels), split=split))
+    share, dropped = guarded_share(
+        c, examples(c), floor=floor, quorum=quorum, weight_cap=weight_cap
+    )
+    combined = carry_over(stack(c, share), c, previous, dropped)
+    factors = compress(combined, rank, default=max(levels), split=split)
+    return result_of(factors, dropped=dropped)
 
 
 def _checked_levels(

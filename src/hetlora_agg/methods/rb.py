@@ -1,13 +1,16 @@
 """`rb`: rank-balanced aggregation, RB-LoRA."""
 
+from collections.abc import Sequence
+
 from hetlora_agg.alignment import align as aligned
 from hetlora_agg.checks import fitting_state
+from hetlora_agg.claims import OWNER_AVERAGED, SYMMETRIC
 from hetlora_agg.combining import carry_over, stack
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
-from hetlora_agg.weighting import dropped_slots, examples, slot_share
+from hetlora_agg.weighting import examples, guarded_share
 
 
 @method(
@@ -21,7 +24,17 @@ from hetlora_agg.weighting import dropped_slots, examples, slot_share
         "split_client": {},
         "gauge": {"align": "svd"},
         "idle_kept": {},
+        "cohort": {"rank": "full"},
+        "cohort_equal": {"rank": "full"},
+        "slot_ratio": {"rank": "full"},
+        "bounded_share": {"floor": 1.0},
+        "component_scale": {},
+        "component_order": {"align": "svd"},
     },
+    fails=dict.fromkeys(
+        (*OWNER_AVERAGED, "statistical_uncorrelated", "gauge", "component_order"), "cut owner means"
+    ),
+    sums="products",
 )
 def rb(
     c: Components,
@@ -30,6 +43,8 @@ def rb(
     energy: float | None = None,
     floor: float | None = None,
     quorum: int | None = None,
+    weight_cap: float | None = None,
+    totals: Sequence[float] | None = None,
     align: str | None = None,
     previous: LowRank | AggregationResult | None = None,
     split: str = "balanced",
@@ -46,6 +61,10 @@ def rb(
         energy: τ in (0, 1]: smallest rank that keeps this share of Σσ², per layer.
         floor: support floor β in (0, 1]: no client gets more than ``p_k / β`` of a slot.
         quorum: slots with fewer owners are left out and listed in ``.dropped``.
+        weight_cap: τ in (0, 1]: no client counts for more than this part of all weight.
+        totals: denominators in place of the ``N_j``, one per slot: with those of all clients,
+            whoever takes part, and weights ``n_k / π_k`` a cohort's result is unbiased for
+            everybody's (Horvitz-Thompson), with ``rank="full"``. Excludes the floor and the cap.
         align: None, or "svd" for each client's own thin SVD first (invariant to re-mixing within
             clients; consensus then needs orthogonal components ordered alike).
         previous: last round's global factors; slots left empty are carried over from them.
@@ -69,16 +88,19 @@ def rb(
     Reference: RB-LoRA, Ha, Oh, Jeon, Findings of EACL 2026, acl:2026.findings-eacl.88.
 
     Fidelity: PAPER for ``γ = α_k β_j``, CODE for ``β_j``, OURS for ``α_k = n_k / Σ n`` and for
-    averaging in product space. ``floor``, ``quorum``, ``align``, ``previous`` are OURS.
+    averaging in product space. ``floor``, ``quorum``, ``weight_cap``, ``align`` and ``previous``
+    are OURS.
 
     Deviations: the authors' release averages zero-padded factors and never calls its β; that is
     'zeropad' here. Unbiased before truncation; the truncated result keeps consensus only. A client
-    that declares more rank than all others owns its slots alone: see ``floor`` and ``quorum``.
+    that declares more rank than all others owns its slots alone: see ``floor``, ``quorum`` and
+    ``weight_cap``.
     """
     previous = fitting_state("previous", previous, c)
     c = aligned(c, align)
-    dropped = dropped_slots(c, quorum)
-    share = slot_share(c, examples(c), floor=floor, quorum=quorum)
+    share, dropped = guarded_share(
+        c, examples(c), totals=totals, floor=floor, quorum=quorum, weight_cap=weight_cap
+    )
     combined = carry_over(stack(c, share), c, previous, dropped)
     default = max(c.n_slots, previous.rank if previous else 0)
     factors = compress(combined, rank, default=default, energy=energy, split=split)

@@ -1,11 +1,12 @@
 """`rbla`: factors averaged slot by slot over their owners."""
 
 from hetlora_agg.checks import fitting_state
+from hetlora_agg.claims import GAUGE, OWNER_AVERAGED, SYMMETRIC
 from hetlora_agg.combining import average_factors, carry_over_slots
 from hetlora_agg.components import Components
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
-from hetlora_agg.weighting import dropped_slots, examples, slot_share
+from hetlora_agg.weighting import examples, guarded_share
 
 
 @method(
@@ -17,13 +18,17 @@ from hetlora_agg.weighting import dropped_slots, examples, slot_share
         "statistical_uncorrelated": {},
         "split_client": {},
         "idle_kept": {},
+        "bounded_share": {"floor": 1.0},
     },
+    fails=dict.fromkeys((*OWNER_AVERAGED, *GAUGE), "owner factor means"),
+    sums="factors",
 )
 def rbla(
     c: Components,
     *,
     floor: float | None = None,
     quorum: int | None = None,
+    weight_cap: float | None = None,
     previous: LowRank | AggregationResult | None = None,
 ) -> AggregationResult:
     """Averages row j of A and column j of B over the clients that own slot j.
@@ -35,6 +40,7 @@ def rbla(
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
         floor: support floor β in (0, 1]: no client gets more than ``p_k / β`` of a slot.
         quorum: slots with fewer owners are left empty and listed in ``.dropped``.
+        weight_cap: τ in (0, 1]: no client counts for more than this part of all weight.
         previous: last round's global factors; slots left empty are carried over from them.
 
     Returns:
@@ -55,13 +61,14 @@ def rbla(
     Reference: RBLA, Chen, Tavallaie, Nazemi, Zomaya, arXiv:2408.08699; FediLoRA, arXiv:2509.06984,
     describes the same rule.
 
-    Fidelity: CODE; ``floor``, ``quorum`` and ``previous`` are OURS.
+    Fidelity: CODE; ``floor``, ``quorum``, ``weight_cap`` and ``previous`` are OURS.
 
     Deviations: ownership is explicit where the authors mask with NaN, so a diverged client is an
     error and not an absentee.
     """
     previous = fitting_state("previous", previous, c)
-    dropped = dropped_slots(c, quorum)
-    share = slot_share(c, examples(c), floor=floor, quorum=quorum)
+    share, dropped = guarded_share(
+        c, examples(c), floor=floor, quorum=quorum, weight_cap=weight_cap
+    )
     factors = carry_over_slots(average_factors(c, share), c, previous, dropped)
     return result_of(factors, dropped=dropped)

@@ -1,10 +1,11 @@
 """`replicate`: short clients padded with the high-rank clients' own slots."""
 
 from hetlora_agg.checks import fitting_state
+from hetlora_agg.claims import GAUGE, OWNER_AVERAGED, SYMMETRIC
 from hetlora_agg.combining import average_factors, carry_over_slots
 from hetlora_agg.components import Components
 from hetlora_agg.errors import InputValueError
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
 from hetlora_agg.weighting import client_share, coverage, examples, top_share
 
@@ -19,6 +20,8 @@ from hetlora_agg.weighting import client_share, coverage, examples, top_share
         "split_client": {},
         "idle_kept": {},
     },
+    fails=dict.fromkeys((*OWNER_AVERAGED, *GAUGE), "padded factor means"),
+    sums="factors",
 )
 def replicate(
     c: Components, *, previous: LowRank | AggregationResult | None = None
@@ -53,7 +56,10 @@ def replicate(
 
     Fidelity: SECOND for the padding, OURS for the closed form and for ``previous``.
 
-    Deviations: none known.
+    Deviations: none known. Against a client that declares more rank than all others it has no
+    option, since the clients of the largest rank pad all others by construction: whoever inflates
+    becomes the donor of every slot, and a floor or quorum would leave nothing to pad with. Refuse
+    or drop such a client with ``max_rank=``, or take 'rbla', which is bounded slot by slot.
     """
     _check_donors(c)
     previous = fitting_state("previous", previous, c)

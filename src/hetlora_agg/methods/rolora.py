@@ -1,9 +1,10 @@
 """`rolora`: alternating rounds of B and of A, the other frozen and common, RoLoRA."""
 
 from hetlora_agg.checks import as_integer
+from hetlora_agg.claims import STACKED, SYMMETRIC
 from hetlora_agg.combining import average_factors, common_columns, common_rows
 from hetlora_agg.components import Components
-from hetlora_agg.registry import SYMMETRIC, Factor, method
+from hetlora_agg.registry import Factor, method
 from hetlora_agg.types import AggregationResult, LowRank, result_of
 from hetlora_agg.weighting import Weighting, weighted_share
 
@@ -22,10 +23,15 @@ def frozen(round: int) -> Factor:
         "split_client": {},
         "zero_component": {},
         "idle_coverage": {},
+        "cohort_equal": {},
+        "cohort_ratio": {},
+        "bounded_share": {},
     },
+    fails=dict.fromkeys(STACKED, "stack") | {"cohort": "own total"},
     client="alternate",
     unscaled=frozen,
     common=True,
+    sums="factors",
 )
 def rolora(c: Components, *, round: int, weighting: Weighting = "examples") -> AggregationResult:
     """Averages B in odd rounds and A in even ones, the other factor frozen and common.

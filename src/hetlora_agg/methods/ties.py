@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.checks import as_fraction
+from hetlora_agg.claims import ENTRYWISE, GAUGE_FREE, IDLE, SYMMETRIC
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
 from hetlora_agg.core import core, core_bytes
 from hetlora_agg.linalg import norms
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import examples, normalised
 
@@ -16,13 +17,14 @@ from hetlora_agg.weighting import examples, normalised
 @method(
     reference="arXiv:2306.01708",
     claims=SYMMETRIC
+    | GAUGE_FREE
     | {
         "mixed_ranks": {},
         "split_client": {},
-        "gauge": {},
         "zero_component": {"rank": "full"},
         "idle_kept": {},
     },
+    fails=dict.fromkeys((*ENTRYWISE, *IDLE[1:]), "elected signs"),
     workspace=core_bytes,
 )
 def ties(

@@ -3,32 +3,48 @@
 import math
 
 from hetlora_agg.checks import as_number
+from hetlora_agg.claims import ENTRYWISE, GAUGE_FREE, IDLE, SYMMETRIC
 from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
-from hetlora_agg.core import core, core_bytes
+from hetlora_agg.core import core_bytes
 from hetlora_agg.errors import OptionValueError
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
+from hetlora_agg.robustness import trimmed_core
 from hetlora_agg.types import AggregationResult, result_of
-from hetlora_agg.weighting import uniform
+
+TRIM = 0.25
+"""Share of the clients that is left out at either end unless the caller says otherwise."""
 
 
 @method(
     reference="arXiv:1803.01498",
-    claims=SYMMETRIC | {"mixed_ranks": {}, "gauge": {}, "zero_component": {"rank": "full"}},
+    claims=SYMMETRIC
+    | GAUGE_FREE
+    | {
+        "mixed_ranks": {},
+        "zero_component": {"rank": "full"},
+    },
+    fails=dict.fromkeys((*ENTRYWISE, *IDLE, "split_client"), "entrywise trimmed mean"),
     workspace=core_bytes,
 )
 def trimmed_mean(
-    c: Components, *, trim: float = 0.25, rank: Rank = None, split: str = "balanced"
+    c: Components,
+    *,
+    trim: float | None = None,
+    f: int | None = None,
+    rank: Rank = None,
+    split: str = "balanced",
 ) -> AggregationResult:
     """Leaves out the smallest and largest clients of every entry, in bases that all share.
 
     ``ΔW_k = U X_k Vᵀ`` with U, V the ordered eigenvectors of ``Σ ΔW_k ΔW_kᵀ`` and
-    ``Σ ΔW_kᵀ ΔW_k``; of the K values of an entry the ``⌊trim K⌋`` at either end are left out and
-    the others averaged; then the SVD to the wanted rank.
+    ``Σ ΔW_kᵀ ΔW_k``; of the K values of an entry the f at either end are left out, ``⌊trim K⌋``
+    unless f is given, and the others averaged; then the SVD to the wanted rank.
 
     Args:
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
-        trim: share of the clients left out at either end, in [0, 1/2).
+        trim: share of the clients left out at either end, in [0, 1/2); None is a quarter.
+        f: number of the clients left out at either end, K > 2f; takes the place of ``trim``.
         rank: None for the largest participating rank, "full" for no truncation, or an integer.
         split: "balanced", "left" (all of S in B) or "right" (all of S in A).
 
@@ -36,7 +52,8 @@ def trimmed_mean(
         Nested factors with their singular values; ``.notes`` says so if nobody was left out.
 
     Raises:
-        InputValueError: a trim outside [0, 1/2), a rank or split that is none.
+        InputValueError: a trim outside [0, 1/2), K ≤ 2f, both of them given, a rank or split that
+            is none.
 
     Cost: ``3 (out + in) R²`` multiply-adds, SVDs of size R, and several times
     ``K min(R, out) min(R, in)`` numbers per layer: it is for tens of clients, not for hundreds.
@@ -56,14 +73,19 @@ def trimmed_mean(
     Deviations: clients count equally: a weight is a client's own word. The bases follow the
     largest updates, an attacker's included.
     """
-    share = as_number(trim, "trim=", zero=True)
+    cut, notes = _share(trim, len(c.ranks)) if f is None else (f, ())
+    if f is not None and trim is not None:
+        raise OptionValueError(f"f=: expected f= or trim=, got f={f!r} and trim={trim!r}")
+    kept = compress(trimmed_core(c, cut), rank, default=c.max_rank, split=split)
+    return result_of(kept, notes=notes)
+
+
+def _share(trim: float | None, clients: int) -> tuple[int, tuple[str, ...]]:
+    """How many clients that share is at either end, and a note if it is none."""
+    share = TRIM if trim is None else as_number(trim, "trim=", zero=True)
     if share >= 0.5:
         raise OptionValueError(f"trim=: expected a share in [0, 0.5), got {trim!r}")
-    clients = len(c.ranks)
     # 0.29 of 100 is 29, though not in binary.
     cut = math.floor(round(share * clients, 9))
-    notes = (f"trim={trim}: of {clients} clients none was left out",) if share and not cut else ()
-    shared = core(c, uniform(c))
-    merged = shared.X.sort(-3).values[..., cut : clients - cut, :, :].mean(-3)
-    kept = compress(shared.back(merged, c.A), rank, default=c.max_rank, split=split)
-    return result_of(kept, notes=notes)
+    none = share > 0 and cut == 0
+    return cut, (f"trim={share:g}: of {clients} clients none was left out",) * none

@@ -1,8 +1,9 @@
 """`zeropad`: averages of zero-padded factors."""
 
+from hetlora_agg.claims import SYMMETRIC, ZERO_PADDED
 from hetlora_agg.combining import average_factors
 from hetlora_agg.components import Components
-from hetlora_agg.registry import SYMMETRIC, method
+from hetlora_agg.registry import method
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import Weighting, weighted_share
 
@@ -15,7 +16,10 @@ from hetlora_agg.weighting import Weighting, weighted_share
         "split_client": {},
         "zero_component": {},
         "idle_coverage_squared": {},
+        "bounded_share": {},
     },
+    fails=dict.fromkeys(ZERO_PADDED, "factor means"),
+    sums="factors",
 )
 def zeropad(c: Components, *, weighting: Weighting = "examples") -> AggregationResult:
     """Averages zero-padded A's and B's apart: the uniform and weighted zero-padding baselines.

@@ -4,6 +4,11 @@
 method's clients do what belongs to it: `SIDES`.
 """
 
+from hetlora_agg.simulate.attacks import ATTACKS as ATTACKS
+from hetlora_agg.simulate.attacks import Attack as Attack
+from hetlora_agg.simulate.attacks import RankInflation as RankInflation
+from hetlora_agg.simulate.attacks import Scale as Scale
+from hetlora_agg.simulate.attacks import SignFlip as SignFlip
 from hetlora_agg.simulate.data import dirichlet_split as dirichlet_split
 from hetlora_agg.simulate.data import load_digits as load_digits
 from hetlora_agg.simulate.federation import Federation as Federation
@@ -11,6 +16,7 @@ from hetlora_agg.simulate.federation import build_federation as build_federation
 from hetlora_agg.simulate.loop import run as run
 from hetlora_agg.simulate.report import record_of as record_of
 from hetlora_agg.simulate.report import table_of as table_of
+from hetlora_agg.simulate.result import SAMPLINGS as SAMPLINGS
 from hetlora_agg.simulate.result import Settings as Settings
 from hetlora_agg.simulate.result import SimulationResult as SimulationResult
 from hetlora_agg.simulate.runs import simulate as simulate

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 import torch
 
-from hetlora_agg import AggregationResult
+from hetlora_agg import AggregationResult, draw_midzuno
 from hetlora_agg.simulate.data import Examples, dirichlet_split, load_digits, split_digits
 from hetlora_agg.simulate.network import Network, pretrain
 from hetlora_agg.simulate.result import Settings
@@ -31,6 +31,7 @@ class Stream(IntEnum):
     PADDING = 5
     METHOD = 6
     CHOICE = 7
+    ATTACK = 8
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def build_federation(settings: Settings) -> Federation:
         pretrain(split.pretrain, stream(settings.seed, Stream.PRETRAIN)),
         tuple(split.federated.take(mine) for mine in rows),
         split.test,
-        _drawn_cohorts(settings) if settings.cohorts is None else settings.cohorts,
+        _cohorts(settings, [len(mine) for mine in rows]),
     )
 
 
@@ -97,10 +98,15 @@ def stream(seed: int, purpose: Stream, *path: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def _drawn_cohorts(settings: Settings) -> tuple[tuple[int, ...], ...]:
-    """The participating clients of every round, in the settings' share."""
+def _cohorts(settings: Settings, sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The participating clients of every round: given, or drawn in the settings' share."""
+    if settings.cohorts is not None:
+        return settings.cohorts
     clients = len(settings.ranks)
     size = max(1, round(settings.participation * clients))
+    if settings.sampling == "midzuno":
+        generator = stream(settings.seed, Stream.COHORT)
+        return tuple(draw_midzuno(sizes, size, generator) for _ in range(settings.rounds))
     rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(Stream.COHORT,)))
     return tuple(
         tuple(sorted(rng.permutation(clients)[:size].tolist())) for _ in range(settings.rounds)

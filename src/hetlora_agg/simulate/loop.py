@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from hetlora_agg import (
@@ -13,6 +14,7 @@ from hetlora_agg import (
     aggregate_layers,
     resolve,
 )
+from hetlora_agg.simulate.attacks import Attack
 from hetlora_agg.simulate.federation import Federation, Results, Server, Stream
 from hetlora_agg.simulate.local import Start, train_adapter
 from hetlora_agg.simulate.measures import Measures, initialisation_noise, measure
@@ -31,7 +33,7 @@ class Round:
 
     Attributes:
         starts: what each client of the cohort started from.
-        updates: what they sent, by layer.
+        updates: what they sent, by layer, attackers included.
         results: what the method made of it, by layer.
         measures: what is to be said about it.
         server: the global model after it.
@@ -49,6 +51,7 @@ def run(
     method: Method,
     *,
     label: str | None = None,
+    attack: Attack | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> SimulationResult:
@@ -61,7 +64,7 @@ def run(
     measures: list[Measures] = []
     began = time.perf_counter()
     for number, cohort in enumerate(federation.cohorts, start=1):
-        played = play(side, server, cohort, number, options)
+        played = play(side, server, cohort, number, options, attack)
         server = played.server
         measures.append(played.measures)
         scores.append(accuracy(server.whole, federation.test))
@@ -85,6 +88,7 @@ def play(
     cohort: Sequence[int],
     number: int,
     options: Mapping[str, Any] | None = None,
+    attack: Attack | None = None,
 ) -> Round:
     """One round of the side's method.
 
@@ -94,13 +98,18 @@ def play(
         cohort: the clients that take part.
         number: of the round, from 1.
         options: of the caller's, before those that the simulator supplies.
+        attack: what attackers send in place of what they trained; None is that all are honest.
     """
     federation, entry = side.federation, side.entry
     starts = side.starts(server, cohort, number)
     weights = [len(federation.clients[client]) for client in cohort]
     noise = initialisation_noise(starts, weights, server.whole, federation.network)
-    updates = local_updates(side, starts, cohort, number)
-    known = supplied(side, server, cohort, number) | dict(options or {})
+    updates: Mapping[str, Sequence[ClientUpdate]] = local_updates(side, starts, cohort, number)
+    if attack is not None:
+        generator = federation.generator(Stream.ATTACK, number - 1)
+        updates = attack(updates, federation, generator, number)
+    options = dict(options or {})
+    known = supplied(side, server, cohort, number, options) | options
     results = aggregate_layers(updates, entry.run, **known)
     totals = {name: result.total() for name, result in results.items()}
     changes = side.changes(updates, starts, number)
@@ -129,7 +138,13 @@ def local_updates(
     return updates
 
 
-def supplied(side: Slice, server: Server, cohort: Sequence[int], number: int) -> dict[str, Any]:
+def supplied(
+    side: Slice,
+    server: Server,
+    cohort: Sequence[int],
+    number: int,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
     """The options that only the federation knows, for a method that has them."""
     federation = side.federation
     levels = {
@@ -137,10 +152,13 @@ def supplied(side: Slice, server: Server, cohort: Sequence[int], number: int) ->
         for own in federation.settings.ranks
         for rank in layer_ranks(federation.network, own).values()
     }
+    # What a quorum drops stays as it was in the last round.
+    last = {"previous": server.results} if "quorum" in options and server.results else {}
     known = {
         "levels": tuple(sorted(levels)),
         "round": number,
         "generator": federation.generator(Stream.METHOD, number - 1),
+        **last,
         **side.options(server, cohort, number),
     }
     return {name: value for name, value in known.items() if name in side.entry.options}

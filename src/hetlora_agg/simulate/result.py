@@ -8,6 +8,9 @@ from typing import Any
 
 from hetlora_agg import InputValueError
 
+SAMPLINGS = ("uniform", "midzuno")
+"""How a simulation may draw its cohorts."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -23,6 +26,8 @@ class Settings:
         lora_alpha: a client's scaling is `lora_alpha / rank`.
         learning_rate: of the clients' Adam.
         seed: of everything random.
+        sampling: how cohorts are drawn: "uniform", or "midzuno", the first client in proportion to
+            its examples and the others uniformly (`draw_midzuno`).
     """
 
     ranks: tuple[int, ...] = (2, 4, 8, 8, 16)
@@ -34,6 +39,7 @@ class Settings:
     learning_rate: float = 0.01
     seed: int = 0
     cohorts: tuple[tuple[int, ...], ...] | None = None
+    sampling: str = "uniform"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", tuple(self.ranks))
@@ -46,6 +52,7 @@ class Settings:
             ("lora_alpha", self.lora_alpha > 0, "a number > 0"),
             ("learning_rate", self.learning_rate > 0, "a number > 0"),
             ("seed", self.seed >= 0, "an integer >= 0"),
+            ("sampling", self.sampling in SAMPLINGS, f"one of {list(SAMPLINGS)}"),
         ):
             if not ok:
                 raise InputValueError(
@@ -73,6 +80,11 @@ class Settings:
             raise InputValueError(
                 "simulate: cohorts: expected participation=1 where the cohorts are given, got "
                 f"{self.participation!r}"
+            )
+        if self.sampling != "uniform":
+            raise InputValueError(
+                "simulate: sampling: expected 'uniform' where the cohorts are given, got "
+                f"{self.sampling!r}"
             )
         return cohorts
 

@@ -15,6 +15,7 @@ from hetlora_agg import (
     aggregate_layers,
     resolve,
 )
+from hetlora_agg.simulate.attacks import Attack
 from hetlora_agg.simulate.federation import build_federation
 from hetlora_agg.simulate.loop import Method, Progress, run
 from hetlora_agg.simulate.result import Settings, SimulationResult
@@ -39,6 +40,8 @@ def simulate(
     learning_rate: float = Settings.learning_rate,
     seed: int = Settings.seed,
     cohorts: Sequence[Sequence[int]] | None = Settings.cohorts,
+    sampling: str = Settings.sampling,
+    attack: Attack | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> SimulationResult:
@@ -59,9 +62,13 @@ def simulate(
         dirichlet: label skew; small values give clients few classes each.
         participation: share of the clients that take part in a round.
         cohorts: who takes part, clients by number for every round; None draws them.
+        sampling: how they are drawn: "uniform", or "midzuno", the first client of a round in
+            proportion to its examples and the others uniformly.
         lora_alpha: a client's scaling is `lora_alpha / rank`.
         learning_rate: of the clients' Adam.
         seed: of everything random; equal seeds give equal results.
+        attack: what attackers send in place of what they trained, such as `RankInflation`; clients'
+            ids are their numbers, so that `max_rank=dict(enumerate(ranks))` is the registry.
         progress: called after every round as `progress(label, round, accuracy)`.
         **options: for `aggregate_layers` and the method. The simulator supplies what only
             it knows to methods that have it: `levels`, `round`, `generator`, `previous`,
@@ -86,13 +93,16 @@ def simulate(
         learning_rate,
         seed,
         None if cohorts is None else tuple(map(tuple, cohorts)),
+        sampling,
     )
-    return run(build_federation(settings), method, progress=progress, **options)
+    federation = build_federation(settings)
+    return run(federation, method, attack=attack, progress=progress, **options)
 
 
 def simulate_many(
     methods: Iterable[Method] | Mapping[str, Method] | None = None,
     *,
+    attack: Attack | None = None,
     progress: Progress | None = None,
     **keywords: Any,
 ) -> dict[str, SimulationResult]:
@@ -100,6 +110,7 @@ def simulate_many(
 
     Args:
         methods: names and functions, or label -> method; None means all of `METHODS`.
+        attack: as for `simulate`, the same on every method.
         progress: called after every round as `progress(label, round, accuracy)`.
         **keywords: the settings of `simulate`; anything else is a method option and goes to the
             methods that have it.
@@ -133,7 +144,9 @@ def simulate_many(
     for label, method in chosen.items():
         own = {key: value for key, value in options.items() if key in accepted[label]}
         try:
-            results[label] = run(federation, method, label=label, progress=progress, **own)
+            results[label] = run(
+                federation, method, label=label, attack=attack, progress=progress, **own
+            )
         except HetLoRAError as error:
             results[label] = SimulationResult(label, settings, skipped=str(error))
     return results

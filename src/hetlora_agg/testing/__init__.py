@@ -7,15 +7,13 @@ from functools import partial
 from typing import Any
 
 from hetlora_agg.errors import InputValueError, unknown_name
+from hetlora_agg.testing.examination import Examination as Examination
+from hetlora_agg.testing.examination import examine as examine
 from hetlora_agg.testing.strategies import client_updates as client_updates
 from hetlora_agg.testing.theorems import THEOREMS
-from hetlora_agg.testing.trial import Aggregator, Trial
+from hetlora_agg.testing.trial import RTOL, Aggregator, Trial
 from hetlora_agg.testing.trial import Inapplicable as Inapplicable
 from hetlora_agg.testing.trial import Refuted as Refuted
-
-RTOL = 1e-9
-"""Largest accepted error relative to ``Σ p_k ‖B_k‖‖A_k‖``. Float64 rounding, even through an SVD
-cut where the spectrum has a gap of one part in 10⁴, stays far below; a wrong formula far above."""
 
 
 def check_aggregator(
@@ -30,13 +28,15 @@ def check_aggregator(
 ) -> None:
     """Tries to refute each claim on fixed float64 clients; silent if it cannot.
 
-    Nothing is left to luck: expectations are finite sums over all sign patterns, orders are all
-    permutations, clients are the same in every run.
+    Nothing is left to luck: expectations are finite sums over all sign patterns or all cohorts,
+    orders are all permutations, clients are the same in every run.
 
     Args:
         aggregator: takes a list of `ClientUpdate` (float64 tensors, mixed scalings and weights) and
-            returns an `AggregationResult`, a `LowRank`, a pair ``(A, B)`` or a dense matrix. If it
-            has a parameter ``previous``, an idle round is given the result before it.
+            returns an `AggregationResult`, a `LowRank`, a pair ``(A, B)`` or a dense matrix. What
+            it has a parameter for it is told: ``previous``, the result before an idle round;
+            ``total``, the weight of all clients, whoever takes part; ``totals``, that of the
+            owners of every slot.
         claims: names from ``hetlora_agg.CLAIMS``.
         ranks: the clients' ranks; one to five clients.
         out_features: rows of the matrices.
