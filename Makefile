@@ -5,13 +5,24 @@ BIN := $(VENV)/bin
 THREADS ?= 2
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-integrations lint docs bench bench-full results tables clean
+.PHONY: demo test fuzz thorough test-integrations lint docs bench bench-full mutants results tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hetlora-agg simulate --methods all --out demo --force
 
 test: $(VENV)/.test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term src tests
+
+# The fuzzers of `make test`, for as long as one likes; prints how many examples there were.
+FUZZ_EXAMPLES ?= 5000
+fuzz: $(VENV)/.test
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/test_fuzz.py
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/test_fuzz.py -k how_many
+
+# Every test that draws its examples, with 25 times as many of them; takes hours.
+thorough: $(VENV)/.test
+	HYPOTHESIS_PROFILE=thorough OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q \
+		$$(grep -rlE '@given|parametrize_with_checks' tests)
 
 # Flower and NVFlare, simulations included: an environment of its own, about two gigabytes.
 test-integrations: .venv-integrations/.done
@@ -47,6 +58,10 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[bench]'
 	touch $@
 
+$(VENV)/.mutants: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[mutants]'
+	touch $@
+
 # The site: executes the notebooks; a warning is an error.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict
@@ -63,14 +78,21 @@ bench-full: $(VENV)/.bench
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.bench_adapters
 	$(BIN)/python -m benchmarks.plots
 
+# Mutation tests of the verbs: every small change to them must fail a test. A few minutes.
+mutants: $(VENV)/.mutants
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_mutants $(THREADS)
+	$(BIN)/python docs/tables.py
+
 # Every number in README.md and docs/, then the tables themselves.
-results: bench-full $(VENV)/.demo
+results: bench-full mutants $(VENV)/.demo
 	$(BIN)/hetlora-agg simulate --methods all --out benchmarks/results --force
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_theory
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_inflation
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_robustness
 	$(BIN)/python docs/tables.py
 
 tables: $(VENV)/.test
 	$(BIN)/python docs/tables.py
 
 clean:
-	rm -rf $(VENV) .venv-integrations demo site .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) .venv-integrations demo site mutants .pytest_cache .mypy_cache .ruff_cache .coverage
