@@ -11,16 +11,26 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hetlora_agg import CLIENTS, METHODS
+from hetlora_agg import CLAIMS, CLIENTS, METHODS
+from hetlora_agg.claims import DEPARTURES, GAUGE, IDLE, INAPPLICABLE, Cell
 
 PROJECT = Path(__file__).parent.parent
 # Run as a script, only docs/ is on the path.
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks import report, report_adapters, report_kernel, report_theory  # noqa: E402
+from benchmarks import (  # noqa: E402
+    report,
+    report_adapters,
+    report_inflation,
+    report_kernel,
+    report_mutants,
+    report_robustness,
+    report_theory,
+)
 from benchmarks.report import markdown  # noqa: E402
 from docs import decisions  # noqa: E402
 
@@ -31,6 +41,10 @@ PAGES = (
     "docs/performance.md",
     "docs/theory.md",
     "docs/choosing.md",
+    "docs/contributing.md",
+    "docs/claims.md",
+    "docs/rank-inflation.md",
+    "docs/robustness.md",
 )
 
 
@@ -53,6 +67,56 @@ def methods() -> str:
     return markdown([*head, "gauge-invariant", "source"], rows)
 
 
+def cell_text(cell: Cell) -> str:
+    """One cell of the matrix: it holds, departs by a formula of that name, or cannot be tried."""
+    if cell.verdict == "not applicable":
+        return "n/a"
+    if cell.verdict == "fails":
+        return f"✗ {cell.departure}"
+    under = ", ".join(f"`{k}={v!r}`" for k, v in cell.options.items())
+    return f"✓ with {under}, else {cell.departure}" if under else "✓"
+
+
+CLAIMS_ABOUT = {
+    "estimates": (
+        "mixed_ranks",
+        "exact",
+        "consensus",
+        "statistical",
+        "statistical_uncorrelated",
+    ),
+    "participation": ("cohort", "cohort_equal", "cohort_ratio", "slot_ratio", "bounded_share"),
+    "clients": ("order", "split_client", "rescaling", "single_client", "absent", "layers"),
+    "factors": ("homogeneous", "orthogonal", "transpose", *GAUGE, "zero_component"),
+    "idle": IDLE,
+}
+
+
+def matrix(about: str) -> str:
+    """Every method's cells of some claims, and what those claims say."""
+    names = CLAIMS_ABOUT[about]
+    rows = [
+        [f"`{name}`", *(cell_text(entry.cell(claim)) for claim in names)]
+        for name, entry in sorted(METHODS.items())
+    ]
+    said = "\n".join(f"* `{name}`: {CLAIMS[name]}" for name in names)
+    return f"{said}\n\n{markdown(['method', *(f'`{name}`' for name in names)], rows)}"
+
+
+def departures() -> str:
+    """What is computed where a claim is false."""
+    return markdown(["name", "what is computed"], [[k, v] for k, v in DEPARTURES.items()])
+
+
+def inapplicable() -> str:
+    """Why a claim cannot be tried on a method."""
+    rows = []
+    for kind, (reason, claims) in INAPPLICABLE.items():
+        met = [m for m, e in sorted(METHODS.items()) if e.inapplicable(kind)]
+        rows.append([reason, ", ".join(f"`{c}`" for c in claims), ", ".join(f"`{m}`" for m in met)])
+    return markdown(["why", "claims", "methods"], rows)
+
+
 def sides() -> str:
     """One line per method: what its clients do, what the server keeps, what a round costs."""
     rows = []
@@ -68,12 +132,14 @@ def method_cards() -> str:
     cards = []
     for name, entry in sorted(METHODS.items()):
         claims = [c if not o else f"{c} (with {o})" for c, o in sorted(entry.claims.items())]
+        missed = "; ".join(f"{c} ({d})" for c, d in sorted(entry.fails.items()))
         text = inspect.getdoc(entry.run) or ""
         text = re.sub(r"\nExample:\n(?:    .*\n|\n)*(?=\S)", "\n", text)
         sides = f"Client: {CLIENTS[entry.client]}.\nServer keeps: "
         sides += "; ".join(entry.server) or "nothing"
         cards.append(
-            f"## `{name}`\n\n```text\n{text}\n\n{sides}.\n\nClaims: {', '.join(claims)}.\n```"
+            f"## `{name}`\n\n```text\n{text}\n\n{sides}.\n\nClaims: {', '.join(claims)}."
+            f"\n\nDepartures under the defaults: {missed or 'none'}.\n```"
         )
     return "\n\n".join(cards)
 
@@ -113,10 +179,15 @@ def simulation() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **{f.__name__: f for f in (methods, sides, method_cards, simulation)},
+    **{f.__name__: f for f in (departures, inapplicable)},
+    **{f"claims_{about}": partial(matrix, about) for about in CLAIMS_ABOUT},
     **report.TABLES,
     **report_kernel.TABLES,
+    **report_mutants.TABLES,
     **report_theory.TABLES,
     **report_adapters.TABLES,
+    **report_inflation.TABLES,
+    **report_robustness.TABLES,
     **decisions.TABLES,
 }
 
