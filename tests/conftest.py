@@ -1,4 +1,4 @@
-"""Hypothesis profiles: `ci` by default, HYPOTHESIS_PROFILE=thorough for the long run."""
+"""Hypothesis profiles: `ci` by default; HYPOTHESIS_PROFILE=thorough, or fresh for other seeds."""
 
 import os
 
@@ -7,6 +7,7 @@ from hypothesis import settings
 
 settings.register_profile("ci", max_examples=200, derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("thorough", max_examples=5000, deadline=None, print_blob=True)
+settings.register_profile("fresh", max_examples=200, deadline=None, print_blob=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # Triton reads it when it is first imported, and transformers imports it.

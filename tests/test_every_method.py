@@ -107,6 +107,8 @@ def sensitivity(oracle, layer, dtype):
     return largest
 
 
+# Its property is made within: hypothesis does not see it by itself.
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("name", NAMES)
 def test_any_valid_clients_give_the_oracles_matrix(name):
     # Where entries are kept or dropped by size, rounding to float32 alone may decide; rounding to

@@ -10,6 +10,9 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from hetlora_agg.checks import as_integer, as_number
 from hetlora_agg.errors import InputTypeError, InputValueError, shown
 
@@ -179,7 +182,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return value.item() if getattr(value, "ndim", None) == 0 else shown(value)
+    single = isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0)
+    return value.item() if single and not getattr(value, "is_meta", False) else shown(value)
 
 
 def rank_and_alpha(config: Mapping[str, Any], path: str) -> tuple[int, float]:
