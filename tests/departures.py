@@ -279,5 +279,6 @@ FORMULAS: dict[str, Callable[[Sequence[Client], Call], Matrix]] = {
     "elected signs": elected_signs,
     "random masks": random_masks,
     "own total": stack,
+    # What it computes on the clients that it takes.
     "refusal": factor_means,
 }

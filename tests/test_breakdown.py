@@ -149,3 +149,28 @@ def test_an_attacked_federation_is_what_it_says():
         assert attacked(federation, name, 1)[0][0].B.ne(updates[0].B).any()
     honest, truth = Federation(noise=0.0).honest(0)
     np.testing.assert_allclose(dense(honest).mean(0), truth, atol=1e-15)
+
+
+RULES = [geomed(2), nnm(2).then(geomed(2)), multi_krum(2), norm_clip(50.0)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("method", ["zeropad", "fedit"])
+def test_averages_of_factors_are_not_held_and_say_so(method, rule):
+    # One honest product in factors of 1e-4 and 1e4 times the size: no rule on products can tell.
+    g = torch.Generator().manual_seed(4)
+    A, B = torch.randn(4, 16, generator=g), torch.randn(12, 4, generator=g)
+    near = [
+        ClientUpdate(A + 0.1 * torch.randn(4, 16, generator=g), B, id=f"phone-{k}")
+        for k in range(9)
+    ]
+    thief = replace(near[0], A=near[0].A / 1e4, B=near[0].B * 1e4, id="thief")
+    sent = [*near, thief]
+    # The product is honest, whoever looks at products keeps it, and whoever uses them is safe.
+    held = aggregate(sent, "flexlora", weighting=rule)
+    assert held.total().dense().norm() < 2 * (B @ A).norm()
+    assert held.notes == ()
+    loose = aggregate(sent, method, weighting=rule)
+    assert loose.total().dense().norm() > 10 * (B @ A).norm()
+    assert any("averages A's and B's apart" in note for note in loose.notes)
+    assert aggregate(sent, method).notes == ()

@@ -1,4 +1,4 @@
-"""The mutation tests' record: what it counts, and that it is of the source as it is."""
+"""The mutation tests' record: what it counts, and that its functions are those of the source."""
 
 import ast
 import json

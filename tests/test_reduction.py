@@ -627,7 +627,7 @@ def test_a_drawn_result_is_not_sliced():
     result = aggregate(clients(), "flexlora", rank=4, reduction="unbiased", u=0.5)
     (piece,) = distribute(result, [4])
     assert piece.rank == 4
-    with pytest.raises(InputValueError, match="not an answer"):
+    with pytest.raises(InputValueError, match="not an answer; it was drawn at its rank"):
         distribute(result, [2])
     with pytest.raises(InputValueError, match=r"certificate.tail.*rank='full'"):
         distribute(result, [2], reduction="unbiased", u=0.5)

@@ -267,6 +267,27 @@ def test_strategy_draws_equal_ranks(updates):
 def test_nothing_to_check_is_refused():
     with pytest.raises(InputValueError, match="at least one claim"):
         check_aggregator(exact_mean, [])
-    with pytest.raises(InputValueError, match="expected a function of updates"):
-        check_aggregator("rb", ["exact"])
     check_aggregator(exact_mean, "exact")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "claim"),
+    [("flora", {}, "cohort"), ("rb", {"rank": "full"}, "cohort"), ("fedex", {}, "cohort")],
+)
+def test_a_method_is_asked_for_options_of_its_own(method, options, claim):
+    # As the errors advise, though `aggregate` itself names neither total= nor totals=.
+    aggregator = partial(aggregate, method=method, **options)
+    check_aggregator(aggregator, [claim])
+    assert examine(aggregator, claim).holds == (claim,)
+    with pytest.raises(Refuted):
+        check_aggregator(lambda updates: aggregator(updates), [claim])
+
+
+@pytest.mark.parametrize("what", [check_aggregator, examine])
+def test_one_mistake_has_one_error(what):
+    with pytest.raises(InputTypeError, match="expected a function of updates, got 'rb'"):
+        what("rb", ["exact"])
+    with pytest.raises(InputValueError, match="expected at least one claim"):
+        what(exact_mean, [])
+    with pytest.raises(InputValueError, match="unknown claim 'exakt'"):
+        what(exact_mean, "exakt")

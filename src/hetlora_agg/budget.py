@@ -65,9 +65,13 @@ def budget(
     kept = KEPT_COPIES * sum(copies.values())
     largest = max(copies, key=lambda layer: copies[layer])
     solving = max(_solving_bytes(updates) for updates in layers.values())
+    # At least a byte: clients that are left out have no components, and then nothing is copied.
     each = max(
-        GROUP_COPIES * copies[layer] + _method_bytes(updates, workspace)
-        for layer, updates in layers.items()
+        1,
+        *(
+            GROUP_COPIES * copies[layer] + _method_bytes(updates, workspace)
+            for layer, updates in layers.items()
+        ),
     )
     room = (memory_limit - kept - solving) // each
     if room < 1:

@@ -91,6 +91,12 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool) or dtype is torch.bool or kind == "b"
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise InputTypeError(f"{name}=: expected True or False, got {shown(value)}")
+
+
 def _refusal(what: str, why: str) -> InputValueError:
     """The error for a wrong value; options are those whose name ends in "="."""
     kind = OptionValueError if what.endswith("=") else InputValueError

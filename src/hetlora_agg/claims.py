@@ -101,7 +101,8 @@ DEPARTURES: Mapping[str, str] = MappingProxyType(
         "vote",
         "elected signs": "[U X Vᵀ]_r, X the mean of the X_k kept that have the sign of Σ_k p_k X_k",
         "random masks": "[U Σ_k p_k m_k ∘ X_k / (1 − drop) Vᵀ]_r for one draw of the masks m_k",
-        "own total": "R − Cov(R, D) / E[D]: a cohort is divided by its own weight D",
+        "own total": "Σ_k n_k ΔW_k / D over a cohort, D its own weight; its mean over cohorts is "
+        "ΔW − Cov(·, D) / E[D]",
         "refusal": "an error that says what to do instead",
     }
 )

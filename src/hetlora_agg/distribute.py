@@ -201,6 +201,11 @@ def _remedy(result: AggregationResult) -> str:
             "its slots are of equal standing: hand out a choice of them with "
             "clients.select_and_fold, or give every client all of them"
         )
+    if result.certificate is not None and bool(torch.as_tensor(result.certificate.tail > 0).any()):
+        return (
+            "it was drawn at its rank: give every client all of it, or aggregate with rank='full' "
+            "and draw for every client here, with reduction='unbiased'"
+        )
     return (
         "fold result.total() into the base weight and restart the clients "
         "(clients.merge_and_restart), aggregate with a nested method such as 'flexlora', or give "

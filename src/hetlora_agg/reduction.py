@@ -18,6 +18,7 @@ from hetlora_agg.errors import (
     InputTypeError,
     InputValueError,
     OptionValueError,
+    shown,
 )
 from hetlora_agg.linalg import SPLITS, SVD, all_finite, exact_arithmetic, leading_svd, norms
 from hetlora_agg.types import LowRank, from_numpy
@@ -209,7 +210,7 @@ def as_offsets(u: Any, layers: tuple[int, ...], device: torch.device) -> Tensor:
             raise TypeError
         offset = given.to(device, torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputTypeError(f"u=: {expected}, got {u!r}") from error
+        raise InputTypeError(f"u=: {expected}, got {shown(u)}") from error
     if offset.shape not in (torch.Size(), torch.Size(layers)):
         raise OptionValueError(f"u=: {expected}, got one of shape {tuple(offset.shape)}")
     # Written so that NaN is refused too.

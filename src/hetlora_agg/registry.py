@@ -12,7 +12,6 @@ from torch import Tensor
 from hetlora_agg.claims import CLAIMS as CLAIMS
 from hetlora_agg.claims import CLIENTS as CLIENTS
 from hetlora_agg.claims import DEPARTURES, INAPPLICABLE, STATE, SUMS, Cell
-from hetlora_agg.claims import SYMMETRIC as SYMMETRIC
 from hetlora_agg.errors import InputTypeError, InputValueError, unknown_name
 from hetlora_agg.types import AggregationResult
 

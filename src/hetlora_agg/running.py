@@ -52,9 +52,11 @@ def run(
         ready = _with_statistic(entry, components, [batch.options for batch in batches])
         for batch, c in zip(batches, ready, strict=True):
             result = batch.intake.finish(entry.run(c, **batch.options), entry.name)
+            notes = (*result.notes, *_unbounded(entry, batch.options))
             results.append(
                 replace(
                     result,
+                    notes=notes,
                     excluded=tuple(bad.items()),
                     slotted=not entry.holds("gauge", batch.options),
                     unscaled=batch.intake.folding.unscaled,
@@ -72,6 +74,17 @@ def folding_of(entry: MethodEntry, options: Mapping[str, Any]) -> Folding:
 def _next_round(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """The options as they will be when the clients come back with what they are handed now."""
     return {**options, "round": int(options["round"]) + 1} if "round" in options else options
+
+
+def _unbounded(entry: MethodEntry, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """A rule that judges products says nothing of factors that are averaged apart."""
+    judged = hasattr(options.get("weighting"), "statistic")
+    if not judged or not entry.claims or "exact" in entry.claims:
+        return ()
+    return (
+        f"weighting: the rule bounds Σ α_k ΔW_k, and {entry.name!r} averages A's and B's apart: a "
+        "client that writes its product in factors of any size is not held; use 'flexlora'",
+    )
 
 
 def to_numpy(result: AggregationResult) -> AggregationResult:

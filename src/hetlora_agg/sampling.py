@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from hetlora_agg.checks import as_integer, as_list, as_number
-from hetlora_agg.errors import InputTypeError, InputValueError
+from hetlora_agg.errors import InputTypeError, InputValueError, shown
+
+LARGEST_FEDERATION = 1 << 30
+"""No federation has more clients: a number above it is a mistake."""
 
 
 def uniform_inclusion(clients: int, size: int) -> list[float]:
@@ -30,7 +33,7 @@ def uniform_inclusion(clients: int, size: int) -> list[float]:
         >>> uniform_inclusion(4, 3)
         [0.75, 0.75, 0.75, 0.75]
     """
-    clients = as_integer(clients, "uniform_inclusion: clients", at_least=1)
+    clients = _checked_clients(clients, "uniform_inclusion")
     size = _checked_size(size, clients, "uniform_inclusion")
     return [size / clients] * clients
 
@@ -86,7 +89,7 @@ def draw_uniform(clients: int, size: int, generator: torch.Generator) -> tuple[i
         >>> draw_uniform(5, 5, torch.Generator().manual_seed(0))
         (0, 1, 2, 3, 4)
     """
-    clients = as_integer(clients, "draw_uniform: clients", at_least=1)
+    clients = _checked_clients(clients, "draw_uniform")
     size = _checked_size(size, clients, "draw_uniform")
     return uniform_cohort(clients, _uniforms(size, generator, "draw_uniform"))
 
@@ -226,6 +229,15 @@ def _numbers(weights: Any, what: str) -> list[float]:
     if not given:
         raise InputValueError(f"{what}: expected at least one, got none")
     return [as_number(n, f"{what}: client {k}", zero=True) for k, n in enumerate(given)]
+
+
+def _checked_clients(clients: int, what: str) -> int:
+    clients = as_integer(clients, f"{what}: clients", at_least=1)
+    if clients > LARGEST_FEDERATION:
+        raise InputValueError(
+            f"{what}: clients: expected at most {LARGEST_FEDERATION}, got {shown(clients)}"
+        )
+    return clients
 
 
 def _checked_size(size: Any, clients: int, what: str) -> int:

@@ -53,7 +53,7 @@ def admit(
     _check_common(read, layer)
     _check_ids(read, layer)
     refused = _above_registered(read, layer, max_rank)
-    if refused and on_bad_client != "drop":
+    if refused and str(on_bad_client) != "drop":
         raise InputValueError(next(iter(refused.values())))
     # A client's place is its name; what it sent is not looked at again.
     for k, (name, u) in enumerate(zip(_names(read), read, strict=True)):

@@ -40,7 +40,8 @@ def fair(
         regularisation: λ >= 0, in units of the mean squared norm of a row of Ā. 0 takes the
             pseudo-inverse: the best B there is for Ā.
         weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
-            returns the clients' coefficients, such as `robustness.geomed`.
+            returns the clients' coefficients. A rule against bad clients bounds nothing here: it
+            sees ``B_k A_k``, which a client can write in factors of any size.
 
     Returns:
         Factors of the largest rank, leading slots for every smaller one.

@@ -37,7 +37,8 @@ def fedex(
     Args:
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
         weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
-            returns the clients' coefficients, such as `robustness.geomed`.
+            returns the clients' coefficients, such as `robustness.geomed`: they bound the total,
+            not the factors apart.
         total: the denominator of "examples" in place of ``Σ n``: with the weight of all clients,
             whoever takes part, and weights ``n_k / π_k`` a cohort's result is unbiased for
             everybody's (Horvitz-Thompson).

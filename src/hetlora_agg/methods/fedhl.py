@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hetlora_agg.checks import as_number, check_choice, fitting_state
+from hetlora_agg.checks import as_number, check_choice, check_flag, fitting_state
 from hetlora_agg.claims import COHORTS, ESTIMATES, GAUGE_FREE, IDLE, SYMMETRIC
 from hetlora_agg.combining import stack
 from hetlora_agg.components import Components
@@ -109,6 +109,7 @@ def fedhl(
     Deviations: with a fixed ε, clients of low rank starve once one client's error is zero. Claims
     are those of a first round, but for the idle one.
     """
+    check_flag("per_layer", per_layer)
     check_choice("weighting", weighting, ("examples", "truncation"))
     level = as_number(smoothing, "smoothing=", zero=False)
     last = fitting_state("previous", previous, c)

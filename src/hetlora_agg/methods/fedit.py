@@ -31,7 +31,8 @@ def fedit(c: Components, *, weighting: Weighting = "examples") -> AggregationRes
     Args:
         c: clients of one rank, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
         weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
-            returns the clients' coefficients, such as `robustness.geomed`.
+            returns the clients' coefficients. A rule against bad clients bounds nothing here: it
+            sees ``B_k A_k``, which a client can write in factors of any size.
 
     Returns:
         Factors of the clients' rank; slicing them is the method's own answer for fewer slots.

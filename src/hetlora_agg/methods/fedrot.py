@@ -45,7 +45,8 @@ def fedrot(
         strength: λ in [0, 1]; 0 does not rotate, 1 goes all the way. Below 1 a square ``R_k`` is
             the nearest rotation proper (determinant 1), at 1 it may reflect.
         weighting: "examples" for ``p_k = n_k / Σ n``, "uniform" for ``1 / K``, or a function that
-            returns the clients' coefficients, such as `robustness.geomed`.
+            returns the clients' coefficients. A rule against bad clients bounds nothing here: it
+            sees ``B_k A_k``, which a client can write in factors of any size.
 
     Returns:
         Factors of the reference's rank, leading slots for every smaller one.

@@ -1,5 +1,6 @@
 """`flexlora`: the best low-rank approximation of the exact mean."""
 
+from hetlora_agg.checks import check_flag
 from hetlora_agg.claims import GAUGE_FREE, STACKED, SYMMETRIC, TRUNCATED
 from hetlora_agg.combining import stack
 from hetlora_agg.components import Components
@@ -86,6 +87,7 @@ def flexlora(
 
     Deviations: none in exact arithmetic; the dense matrix is not formed.
     """
+    check_flag("fold_rest", fold_rest)
     mean = stack(c, weighted_share(c, weighting, total))
     if not fold_rest:
         kept = compress(

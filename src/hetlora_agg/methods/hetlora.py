@@ -1,5 +1,6 @@
 """`hetlora`: zero-padded averages weighted by the size of the update."""
 
+from hetlora_agg.checks import check_flag
 from hetlora_agg.claims import SYMMETRIC, ZERO_PADDED
 from hetlora_agg.combining import average_factors
 from hetlora_agg.components import Components
@@ -61,5 +62,6 @@ def hetlora(c: Components, *, per_layer: bool = False) -> AggregationResult:
     Deviations: the clients' own weights play no part, as published. Rank self-pruning is the
     client's side.
     """
+    check_flag("per_layer", per_layer)
     mass = layer_update_norm(c) if per_layer else update_norm(c)
     return result_of(average_factors(c, client_share(c, mass)))

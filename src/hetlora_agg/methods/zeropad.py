@@ -29,7 +29,8 @@ def zeropad(c: Components, *, weighting: Weighting = "examples") -> AggregationR
     Args:
         c: the components, ``A (*layers, R, in_features)``, ``B (*layers, out_features, R)``.
         weighting: "examples" for ``w_k = n_k / Σ n``, "uniform" for ``w_k = 1 / K``, or a
-            function that returns the clients' coefficients, such as `robustness.geomed`.
+            function that returns the clients' coefficients. A rule against bad clients bounds
+            nothing here: it sees ``B_k A_k``, which a client can write in factors of any size.
 
     Returns:
         Factors of the largest rank, leading slots for every smaller one.

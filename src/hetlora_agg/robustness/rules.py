@@ -42,7 +42,9 @@ class Rule:
 
     The result of a method is linear in the clients, ``Σ α_k ΔW_k`` for `stack`; a rule gives the
     α_k, from the updates' norms and distances over all layers together. They are used as they are:
-    a clipped client's sum below one.
+    a clipped client's sum below one. What is bounded is ``Σ α_k ΔW_k``: averages of A and of B
+    apart ('zeropad', 'fedit', 'fair', 'fedrot', the factors of 'fedex') are not, since a client can
+    write one product in factors of any size; their results say so in ``.notes``.
 
     Attributes:
         steps: what is done, in order. After steps that only replace clients by mixtures the answer

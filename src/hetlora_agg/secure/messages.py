@@ -81,13 +81,13 @@ def linear_message(
     (read,), _ = read_updates([update], what)
     position = _enrolled(read, everybody, what)
     if kind == "sketches":
-        if (omega is None) == (basis is None):
-            raise InputTypeError(f"{what}: a message of {entry.name!r} takes omega= or basis=")
         fraction = float(everybody.fractions(entry, options)[position])
         weighted = replace(read, scaling=read.scaling * fraction)
-        if omega is not None:
+        if omega is not None and basis is None:
             return {"sketch": sketch(weighted, omega)}
-        return {"projection": project(weighted, _given(basis))}
+        if basis is not None and omega is None:
+            return {"projection": project(weighted, basis)}
+        raise InputTypeError(f"{what}: a message of {entry.name!r} takes omega= or basis=")
     if omega is not None or basis is not None:
         raise InputTypeError(f"{what}: a message of {entry.name!r} takes neither omega= nor basis=")
     intake = collect([read], folding=folding_of(entry, options))
@@ -121,9 +121,3 @@ def _enrolled(update: ClientUpdate, roster: Roster, what: str) -> int:
                 "all clients must compute with one roster"
             )
     return position
-
-
-def _given(basis: Tensor | None) -> Tensor:
-    if basis is None:
-        raise InputTypeError("linear_message: basis= is missing")
-    return basis

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from hetlora_agg.errors import InputValueError, unknown_name
 from hetlora_agg.testing.examination import Examination as Examination
 from hetlora_agg.testing.examination import examine as examine
 from hetlora_agg.testing.strategies import client_updates as client_updates
 from hetlora_agg.testing.theorems import THEOREMS
+from hetlora_agg.testing.theorems import known_claims as _known_claims
 from hetlora_agg.testing.trial import RTOL, Aggregator, Trial
 from hetlora_agg.testing.trial import Inapplicable as Inapplicable
 from hetlora_agg.testing.trial import Refuted as Refuted
@@ -48,7 +48,8 @@ def check_aggregator(
         Refuted: (an AssertionError) which claim does not hold, on what clients, by how much.
         Inapplicable: (an AssertionError) a claim that these clients or this kind of result cannot
             decide, such as an idle round of a result that cannot be sliced.
-        InputValueError: an unknown claim, or ranks the trial cannot use.
+        InputTypeError: the aggregator is no function.
+        InputValueError: no claim or an unknown one, or ranks the trial cannot use.
 
     Example:
         >>> from functools import partial
@@ -59,15 +60,7 @@ def check_aggregator(
             ...
         hetlora_agg.testing.trial.Refuted: claim 'exact' is refuted: generic clients: off by ...
     """
-    claims = [claims] if isinstance(claims, str) else list(claims)
-    if not claims or not callable(aggregator):
-        raise InputValueError(
-            f"check_aggregator: expected a function of updates and at least one claim, got "
-            f"{aggregator!r} and {claims}; a method goes in as partial(aggregate, method=…)"
-        )
-    for claim in claims:
-        if claim not in THEOREMS:
-            raise InputValueError(unknown_name("claim", claim, THEOREMS))
+    for claim in _known_claims(aggregator, claims, "check_aggregator"):
         THEOREMS[claim](Trial(aggregator, ranks, out_features, in_features, rtol, common))
 
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 
-from hetlora_agg.errors import InputTypeError, InputValueError, unknown_name
-from hetlora_agg.testing.theorems import THEOREMS
+from hetlora_agg.testing.theorems import THEOREMS, known_claims
 from hetlora_agg.testing.trial import RTOL, Aggregator, Inapplicable, Refuted, Trial
 
 
@@ -51,7 +50,7 @@ class Examination:
 
 def examine(
     aggregator: Aggregator,
-    claims: Iterable[str] | None = None,
+    claims: str | Iterable[str] | None = None,
     *,
     ranks: Sequence[int] = (1, 3, 2, 3),
     out_features: int = 9,
@@ -88,16 +87,8 @@ def examine(
         >>> found.holds, found.refuted
         (('exact', 'gauge'), ('consensus',))
     """
-    if not callable(aggregator):
-        raise InputTypeError(
-            f"examine: expected a function of updates, got {aggregator!r}; a method goes in as "
-            "partial(aggregate, method=…)"
-        )
-    names = list(THEOREMS) if claims is None else list(claims)
     verdicts = {}
-    for claim in names:
-        if claim not in THEOREMS:
-            raise InputValueError(unknown_name("claim", claim, THEOREMS))
+    for claim in known_claims(aggregator, THEOREMS if claims is None else claims, "examine"):
         trial = Trial(aggregator, ranks, out_features, in_features, rtol, common)
         verdicts[claim] = _verdict(claim, trial)
     return Examination(verdicts)

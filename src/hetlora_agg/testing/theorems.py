@@ -6,12 +6,13 @@ depends on luck. Nothing here uses the library's own arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from hetlora_agg.errors import InputTypeError, InputValueError, unknown_name
 from hetlora_agg.testing import cohorts, symmetries
 from hetlora_agg.testing.trial import Inapplicable, Refuted, Trial, mean_of
 from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank
@@ -154,3 +155,19 @@ THEOREMS: Mapping[str, Callable[[Trial], None]] = {
     )
 }
 """Claim -> its theorem, for every claim in ``hetlora_agg.CLAIMS``."""
+
+
+def known_claims(aggregator: object, claims: str | Iterable[str], what: str) -> list[str]:
+    """The claims by name, once they are known and the aggregator is a function."""
+    listed = [claims] if isinstance(claims, str) else list(claims)
+    if not callable(aggregator):
+        raise InputTypeError(
+            f"{what}: expected a function of updates, got {aggregator!r}; a method goes in as "
+            "partial(aggregate, method=…)"
+        )
+    if not listed:
+        raise InputValueError(f"{what}: expected at least one claim; known: {sorted(THEOREMS)}")
+    for claim in listed:
+        if claim not in THEOREMS:
+            raise InputValueError(unknown_name("claim", claim, THEOREMS))
+    return listed

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hetlora_agg.aggregate import aggregate
 from hetlora_agg.errors import InputValueError
+from hetlora_agg.registry import resolve
 from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank
 
 Aggregator = Callable[..., Any]
@@ -67,11 +69,11 @@ class Trial:
     ) -> None:
         if not 1 <= len(ranks) <= len(WEIGHTS) or max(ranks) > min(out, columns):
             raise InputValueError(
-                f"check_aggregator: expected 1 to {len(WEIGHTS)} ranks of at most "
+                f"ranks: expected 1 to {len(WEIGHTS)} ranks of at most "
                 f"{min(out, columns)}, got {list(ranks)}"
             )
         if common not in (None, "A", "B"):
-            raise InputValueError(f"check_aggregator: common: expected 'A' or 'B', got {common!r}")
+            raise InputValueError(f"common: expected 'A' or 'B', got {common!r}")
         self.aggregator, self.rtol, self.common = aggregator, rtol, common
         self.ranks, self.out, self.columns = list(ranks), out, columns
         self._generator = torch.Generator().manual_seed(20260)
@@ -148,9 +150,16 @@ class Trial:
                 takes part), ``totals`` (that of the owners of every slot). Each is handed to an
                 aggregator that has a parameter of that name.
         """
-        taken = inspect.signature(self.aggregator).parameters
+        taken = {*inspect.signature(self.aggregator).parameters, *self._options()}
         result = self.aggregator(updates, **{k: v for k, v in known.items() if k in taken})
         return LowRank(*result) if isinstance(result, tuple) and len(result) == 2 else result
+
+    def _options(self) -> set[str]:
+        """What a method takes, where the aggregator is `aggregate` with a method."""
+        if getattr(self.aggregator, "func", None) is not aggregate:
+            return set()
+        own = {"method": "rb", **self.aggregator.keywords}  # type: ignore[attr-defined]
+        return set(resolve(own["method"]).options) - own.keys()
 
     def expect(
         self, claim: str, case: str, found: Tensor, expected: Tensor, updates: list[ClientUpdate]
