@@ -24,7 +24,9 @@ EXAMPLES = 200
 
 def run(seed: int, workers: int) -> dict[str, Any]:
     """How many properties held under one seed, and the names of those that did not."""
-    call = [sys.executable, "-m", "pytest", "tests", "-q", "-m", "hypothesis", "-p"]
+    # The files that have any: collecting the others takes longer than running these.
+    files = [str(p) for p in sorted((PROJECT / "tests").rglob("*.py")) if "@given" in p.read_text()]
+    call = [sys.executable, "-m", "pytest", *files, "-q", "-m", "hypothesis", "-p"]
     call += ["no:cacheprovider", f"--hypothesis-seed={seed}", "-n", str(workers)]
     environment = {**os.environ, "HYPOTHESIS_PROFILE": "fresh", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(call, capture_output=True, text=True, cwd=PROJECT, env=environment)
