@@ -34,10 +34,7 @@ def robustness_times() -> str:
             str(row["R"]),
             *(f"{1e3 * row['seconds'][name]:.0f}" for name in ("factors", "dense")),
             *(f"{row[name] / 1e6:.0f}" for name in ("factor_bytes", "dense_bytes")),
-            *(
-                f"{1e3 * row['seconds'][name]:.0f}"
-                for name in ("flexlora", "flexlora, nnm, geomed")
-            ),
+            *(f"{1e3 * row['seconds'][name]:.0f}" for name in AGGREGATIONS),
         ]
         for row in record["results"]["times"]
     ]
@@ -53,8 +50,10 @@ def _errors(label: str) -> str:
     caption = (
         f"{federation['attackers']} of {federation['clients']} clients attack; honest ranks "
         f"{', '.join(map(str, federation['ranks']))} in turns, noise {federation['noise']:g} per "
-        f"factor; means over {len(found['seeds'])} seeds. *Worst* is the attack that does most, "
-        "*worst seed* what it or another did on one seed:"
+        f"factor; means over {len(found['seeds'])} seeds. Every rule that takes f is told the true "
+        f"one, `norm_clip` the bound {found['bound']:g}; `trimmed_mean` and `median` have "
+        '`rank="full"`. *Worst* is the attack that does most, *worst seed* what it or another did '
+        "on one seed:"
     )
     rows = []
     for rule, by_attack in rules.items():

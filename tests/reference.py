@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from importlib import import_module
 
 import numpy as np
@@ -57,6 +58,22 @@ def fractions(clients: Sequence[Client]) -> list[float]:
     """p_k = n_k / Σ n."""
     total = math.fsum(client.n for client in clients)
     return [client.n / total for client in clients]
+
+
+def water_filling(mass: Sequence[float], cap: float | Fraction) -> list[float]:
+    """One after the other to the cap, the rest shared as before; in fractions."""
+    mass, cap = [Fraction(m) for m in mass], Fraction(cap)
+    clients, full = len(mass), set()
+    if clients * cap <= 1:
+        return [1 / clients] * clients
+    while True:
+        rest = [k for k in range(clients) if k not in full]
+        whole, left = sum(mass[k] for k in rest), 1 - cap * len(full)
+        own = {k: left * mass[k] / whole if whole else left / len(rest) for k in rest}
+        above = {k for k in rest if own[k] > cap}
+        if not above:
+            return [float(cap) if k in full else float(own[k]) for k in range(clients)]
+        full |= above
 
 
 def slot_count(clients: Sequence[Client], previous: Factors | None = None) -> int:

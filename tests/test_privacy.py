@@ -305,15 +305,18 @@ def test_no_neighbour_moves_aligned_and_floored_slots_by_more(cohort, adjacency)
 
 
 def rare_slots(floor, p):
-    """The first client owns a slot alone, and with each other client one that is just common.
+    """The first client owns a slot alone, and with each group of others one that is just common.
 
     Leaving, it takes its own share along, and frees as much of every other slot as can be: the
-    others' slots are held by β of the weight each, without it.
+    others' slots are held by β of the weight each, without it. A group is as many clients as it
+    takes for the first to have the largest weight of all.
     """
-    others = round(1 / floor)
-    weights = (p, *((1 - p) / others for _ in range(others)))
-    slots = ((0, *range(1, others + 1)), *((j,) for j in range(1, others + 1)))
-    return (others + 1, *(1,) * others), weights, slots
+    groups = round(1 / floor)
+    members = math.ceil((1 - p) / groups / p)
+    each = (1 - p) / groups / members
+    others = [(j,) for j in range(1, groups + 1) for _ in range(members)]
+    slots = (tuple(range(groups + 1)), *others)
+    return (groups + 1, *(1,) * len(others)), (p, *(each for _ in others)), slots
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1])
@@ -321,6 +324,7 @@ def rare_slots(floor, p):
 def test_some_neighbour_attains_every_bound_of_slots(floor, p):
     cohort = rare_slots(floor, p)
     options = {"rank": "full", "align": "svd", "floor": floor}
+    assert max(cohort[1]) == p
     signs = (-1, *(1,) * (len(cohort[1]) - 1))
     everybody = [client(one_direction, k, s, cohort) for k, s in enumerate(signs)]
     for adjacency, other in {
@@ -330,14 +334,12 @@ def test_some_neighbour_attains_every_bound_of_slots(floor, p):
     }.items():
         there = released("rb", everybody, **options)
         moved = np.linalg.norm(there - released("rb", other + everybody[1:], **options))
-        # The bound of the first client's share: the others' are larger here.
-        own = p / floor
-        grown = p / (floor * (floor + (1 - floor) * p))
-        bound = {"zeroed": own, "replaced": 2 * own, "removed": own + grown}[adjacency]
-        assert moved == pytest.approx(bound, rel=1e-9)
+        bound = sensitivity("rb", clip=1.0, weights=cohort[1], adjacency=adjacency, **options)
+        assert bound.l2 == pytest.approx(by_hand(cohort[1], adjacency, floor), rel=1e-12)
+        assert moved == pytest.approx(bound.l2, rel=1e-9)
         if adjacency == "removed":
             # What the others gain grows as 1/β², not as β^-3/2.
-            assert moved > own * (1 + floor**-0.5)
+            assert moved > p / floor * (1 + floor**-0.5)
 
 
 def test_the_bound_of_slots_is_that_of_the_largest_share():

@@ -7,7 +7,6 @@ global update are the shares.
 
 import math
 from dataclasses import replace
-from fractions import Fraction
 from itertools import chain, combinations, product
 
 import numpy as np
@@ -36,7 +35,7 @@ from hetlora_agg import (
     aggregate_layers,
 )
 from hetlora_agg.adapters import aggregate_state_dicts
-from hetlora_agg.weighting import capped
+from reference import water_filling
 
 EPS = 2.0**-52
 OUT, IN = 9, 8
@@ -54,79 +53,6 @@ PRODUCTS = ("rb", "raflora")
 
 
 # ---- the weight cap ------------------------------------------------------------------------------
-
-
-def water_filled(masses, cap):
-    """The fractions of min(m, t) with the largest at the cap, in rational arithmetic."""
-    masses = [Fraction(m) for m in masses]
-    if max(masses) <= cap * sum(masses):
-        return [m / sum(masses) for m in masses]
-    for count in range(1, len(masses)):
-        rest = sum(sorted(masses)[: len(masses) - count])
-        level = cap * rest / (1 - count * cap) if count * cap < 1 else None
-        if level is not None and sum(m > level for m in masses) == count:
-            break
-    else:
-        return [Fraction(1, len(masses))] * len(masses)
-    whole = sum(min(m, level) for m in masses)
-    return [min(m, level) / whole for m in masses]
-
-
-def cap_of(masses, cap):
-    return capped(torch.tensor(masses, dtype=torch.float64), float(cap)).numpy()
-
-
-@st.composite
-def masses_and_cap(draw, most=8):
-    masses = draw(st.lists(st.integers(1, 10**6), min_size=1, max_size=most))
-    least = Fraction(1, len(masses))
-    step = draw(st.integers(0, 64))
-    return masses, least + (1 - least) * Fraction(step, 64)
-
-
-@given(masses_and_cap())
-def test_the_cap_is_water_filling(case):
-    masses, cap = case
-    found, expected = cap_of(masses, cap), [float(x) for x in water_filled(masses, cap)]
-    assert np.allclose(found, expected, rtol=4 * len(masses) * EPS, atol=0)
-    assert found.max() <= float(cap) * (1 + 4 * EPS)
-    assert math.isclose(math.fsum(found), 1, rel_tol=2 * len(masses) * EPS)
-
-
-@pytest.mark.parametrize("clients", range(1, 60))
-def test_a_cap_of_one_over_the_clients_makes_all_equal(clients):
-    found = cap_of([2.0**k for k in range(clients)], 1 / clients)
-    assert np.allclose(found, 1 / clients, rtol=4 * clients * EPS, atol=0)
-
-
-def test_the_cap_by_hand():
-    # 8 of 10 is above 1/2: t = 2, so 2, 1, 1 of 4
-    assert cap_of([8, 1, 1], 0.5).tolist() == [0.5, 0.25, 0.25]
-    # 8 and 6 of 16 are above 1/3: both stand at it and the rest fill up the last third
-    assert np.allclose(cap_of([8, 6, 1, 1], 1 / 3), [1 / 3, 1 / 3, 1 / 6, 1 / 6], rtol=4 * EPS)
-    assert cap_of([8, 1, 1], 0.8).tolist() == [0.8, 0.1, 0.1]
-    assert cap_of([8, 1, 1], 1).tolist() == [0.8, 0.1, 0.1]
-
-
-def test_the_cap_of_equal_masses_treats_them_equally():
-    found = cap_of([5, 5, 5, 1], 0.3)
-    assert len(set(found[:3])) == 1
-    assert math.isclose(found[0], 0.3, rel_tol=4 * EPS)
-
-
-def test_the_cap_at_the_ends_of_float64():
-    assert np.allclose(cap_of([1e308, 1e308, 1e308], 0.5), 1 / 3)
-    assert np.allclose(cap_of([1e308, 5e-324, 5e-324], 0.5), [0.5, 0.25, 0.25])
-    assert np.allclose(cap_of([1, 0, 0], 0.5), [0.5, 0.25, 0.25])
-    assert np.allclose(cap_of([3, 1, 0], 0.4), [0.4, 0.4, 0.2])
-
-
-def test_the_cap_of_a_batch_is_that_of_each_row():
-    rows = torch.tensor([[1.0, 2, 9], [1, 1, 1], [9, 2, 1]], dtype=torch.float64)
-    batch = capped(rows.reshape(3, 1, 3), 0.5)
-    assert batch.shape == (3, 1, 3)
-    for row, found in zip(rows, batch[:, 0], strict=True):
-        assert torch.equal(found, capped(row, 0.5))
 
 
 @pytest.mark.parametrize("method", [*GUARDED, "fedsa"])
@@ -160,8 +86,7 @@ def naive(method, updates, previous=None, floor=None, quorum=None, weight_cap=No
     """The guarded method, slot by slot and client by client, dense, and the dropped slots."""
     weights = [float(u.weight) for u in updates]
     if weight_cap is not None:
-        exact = water_filled([Fraction(w) for w in weights], Fraction(weight_cap))
-        weights = [float(x) for x in exact]
+        weights = water_filling(weights, weight_cap)
     total, dropped = math.fsum(weights), []
     W = np.zeros((OUT, IN))
     n_slots = max(u.A.shape[0] for u in updates)
@@ -227,7 +152,7 @@ def test_guards_are_what_the_formula_says(method, ranks_weights, options, with_p
 def test_a_cap_is_the_method_on_other_weights(method, weight_cap):
     ranks, weights = COHORTS["inflated"]
     updates = clients_of(ranks, weights, common=method == "shared_a")
-    other = [float(x) for x in water_filled(weights, Fraction(weight_cap))]
+    other = water_filling(weights, weight_cap)
     fairer = [replace(u, weight=w) for u, w in zip(updates, other, strict=True)]
     options = GUARDED.get(method, {})
     found = aggregate(updates, method, weight_cap=weight_cap, **options)
@@ -336,7 +261,7 @@ def test_a_lone_owner_attains_the_bound(case):
     p = weights[0] / sum(weights)
     gamma = shares("rb", ranks, weights, floor=floor)[0, 3]
     assert math.isclose(gamma, min(1, p / floor), rel_tol=200 * EPS)
-    exact = float(water_filled(weights, Fraction(cap))[0])
+    exact = water_filling(weights, cap)[0]
     both = shares("rb", ranks, weights, floor=floor, weight_cap=cap)[0, 3]
     assert math.isclose(both, min(1, exact / floor), rel_tol=200 * EPS)
     # Without a floor it is 1 whatever the cap, above any bound below 1.

@@ -532,6 +532,13 @@ P1, P2 = factors(), factors((2,))
         (P1, 2.0, 0.5, InputTypeError, "rank"),
         (P1, True, 0.5, InputTypeError, "rank"),
         ((P1.A, P1.B), 2, 0.5, InputTypeError, "LowRank"),
+        (
+            ClientUpdate(P1.A, P1.B),
+            2,
+            0.5,
+            InputTypeError,
+            r"got ClientUpdate; .*of an update pass LowRank\(update\.A, update\.B\)$",
+        ),
         (LowRank(P1.A.float(), P1.B), 2, 0.5, InputTypeError, "dtype"),
         (LowRank(P1.A.long(), P1.B.long()), 2, 0.5, InputTypeError, "dtype"),
         (LowRank(P1.A * math.nan, P1.B), 2, 0.5, InputValueError, "NaN"),

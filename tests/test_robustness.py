@@ -34,6 +34,7 @@ from hetlora_agg.robustness import (
     squared_distances,
     trimmed_core,
 )
+from hetlora_agg.robustness.distances import pair_products, seen_norms, seen_products
 from hetlora_agg.robustness.points import points_of
 from hetlora_agg.validation import read_updates
 
@@ -590,6 +591,34 @@ def test_then_is_associative():
     assert repr(left) == repr(right) == "norm_clip(9).then(nnm(2)).then(geomed(2))"
 
 
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (norm_clip(9.0), "norm_clip(9)"),
+        (norm_clip(1 / 3), "norm_clip(0.3333333333333333)"),
+        (nnm(0), "nnm(0)"),
+        (multi_krum(1), "multi_krum(1)"),
+        (multi_krum(0, keep=3), "multi_krum(0, keep=3)"),
+        (geomed(), "geomed()"),
+        (geomed(0), "geomed(0)"),
+        (geomed(2, tolerance=1e-6, max_iterations=200), "geomed(2)"),
+        (
+            geomed(tolerance=1 / 3, max_iterations=7),
+            "geomed(tolerance=0.3333333333333333, max_iterations=7)",
+        ),
+        (centered_clip(), "centered_clip()"),
+        (centered_clip(f=3, iterations=1), "centered_clip(f=3, iterations=1)"),
+        (centered_clip(2.5, f=0, iterations=10), "centered_clip(2.5, f=0)"),
+    ],
+)
+def test_a_rule_shows_the_call_that_makes_it(rule, text):
+    assert repr(rule) == text
+    made = eval(text, {f.__name__: f for f in (norm_clip, nnm, multi_krum, geomed, centered_clip)})
+    assert repr(made) == text
+    # the arguments of the step itself, all digits
+    assert made.steps[0].rows.keywords == rule.steps[0].rows.keywords
+
+
 def test_what_answers_ends_the_sentence():
     for rule in (multi_krum(1), geomed(), centered_clip()):
         with pytest.raises(OptionValueError, match=r"then: .*leaves one update"):
@@ -814,7 +843,7 @@ def test_trimmed_core_on_the_diagonal(f):
 @pytest.mark.parametrize("n", [1, 2, 4, 5])
 def test_trimming_half_is_refused(n):
     f = (n + 1) // 2
-    with pytest.raises(InputValueError, match=rf"trimmed mean: .*n > 2 f.*n = {n} and f = {f}"):
+    with pytest.raises(InputValueError, match=rf"trimmed_core: .*n > 2 f.*n = {n} and f = {f}"):
         aggregate(line(*range(1, n + 1)), "trimmed_mean", f=f)
     aggregate(line(*range(1, n + 1)), "trimmed_mean", f=(n - 1) // 2)
 
@@ -827,3 +856,62 @@ def test_trim_and_f_exclude_each_other():
     with pytest.raises(InputTypeError, match="f="):
         aggregate(line(1, 2, 3), "trimmed_mean", f=0.5)
     assert aggregate(line(1, 2, 3), "trimmed_mean", f=0).notes == ()
+
+
+@pytest.mark.parametrize("size", [1e6, 1e9, 1e12, 1e15, 1e18])
+@pytest.mark.parametrize(
+    "rule", [nnm(2).then(geomed(2)), multi_krum(2), geomed(2), centered_clip(f=2), norm_clip(50.0)]
+)
+@pytest.mark.parametrize("method", ["flora", "flexlora"])
+def test_components_that_cancel_are_seen(method, rule, size):
+    # The exact product is an honest one; what its float32 factors give is rounding of any size.
+    g = torch.Generator().manual_seed(6)
+    A, B = torch.randn(4, 20, generator=g), torch.randn(16, 4, generator=g)
+    honest = [
+        ClientUpdate(
+            A + 0.3 * torch.randn(4, 20, generator=g), B + 0.3 * torch.randn(16, 4, generator=g)
+        )
+        for _ in range(8)
+    ]
+    a, b = torch.randn(1, 20, generator=g), size * torch.randn(16, 1, generator=g)
+    thief = ClientUpdate(torch.cat([honest[0].A, a, a]), torch.cat([honest[0].B, b, -b], 1))
+    clean = aggregate(honest, method, weighting=rule).total().dense().double()
+    found = aggregate([*honest, thief, thief], method, weighting=rule).total().dense().double()
+    assert (found - clean).norm() <= 0.5 * clean.norm()
+
+
+def test_components_that_cancel_count_by_their_rounding():
+    A, B = torch.ones(2, 3), torch.tensor([[1e8, -1e8]] * 2)
+    c = collect(read_updates([(A, B), (A[:1], B[:, :1] / 1e8)])[0]).components()
+    assert pair_products(c)[1][0, 1].item() == pytest.approx(6, rel=1e-12)
+    products, squares = seen_products(c)
+    rest = (2 * 1e8 * 6**0.5 * torch.finfo(torch.float32).eps) ** 2
+    assert products.tolist() == [
+        [pytest.approx(rest, rel=1e-12), 0],
+        [0, pytest.approx(6, rel=1e-12)],
+    ]
+    assert squares[0, 1].item() == pytest.approx(6 + rest, rel=1e-12)
+    assert seen_norms(c).tolist() == products.diagonal().tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["trimmed_mean", "median"])
+@pytest.mark.parametrize("size", [1e9, 1e13, 1e16, 1e30])
+def test_entries_keep_their_digits_beside_a_huge_client(method, size, dtype):
+    g = torch.Generator().manual_seed(7)
+    A, B = torch.randn(4, 20, generator=g), torch.randn(16, 4, generator=g)
+    honest = [
+        ((A + 0.3 * torch.randn(4, 20, generator=g)).to(dtype), B.to(dtype)) for _ in range(8)
+    ]
+    thief = (torch.randn(4, 20, generator=g).to(dtype), torch.randn(16, 4, generator=g).to(dtype))
+    options = {"f": 2} if method == "trimmed_mean" else {}
+
+    def beside(factor):
+        sent = [*honest, (thief[0], factor * thief[1])]
+        return aggregate(sent, method, rank="full", **options).factors.dense().double()
+
+    # As far from it as beside one a million times as large, which everybody's digits survive.
+    usual = beside(1e6)
+    assert (beside(size) - usual).norm() <= 0.01 * usual.norm()
+    mean = sum((b @ a).double() for a, b in honest) / 8
+    assert (usual - mean).norm() <= 0.5 * mean.norm()

@@ -620,3 +620,24 @@ def test_from_updates_through_masks_to_the_result(name):
     step = K / 2 * 2.0**-40 + 1e-14
     assert np.abs(array(result.B) - array(whole.B)).max() <= step
     assert np.abs(array(result.A) - array(whole.A)).max() <= (step if "A" in sent[0] else 0.0)
+
+
+def test_slots_of_a_large_layer_need_no_large_ranks():
+    slots = {"a": (3, 11), "b": (0, 15), "c": (7, 11)}
+    g = torch.Generator().manual_seed(8)
+    updates = [
+        ClientUpdate(
+            torch.randn(2, 64, generator=g, dtype=torch.float64),
+            torch.randn(48, 2, generator=g, dtype=torch.float64),
+            slots=own,
+            id=name,
+        )
+        for name, own in slots.items()
+    ]
+    roster = [(name, 2, 1, own) for name, own in slots.items()]
+    for method in ("plora", "hafl", "rbla"):
+        messages = [linear_message(u, method, roster) for u in updates]
+        total = {name: sum(m[name] for m in messages) for name in messages[0]}
+        found, expected = from_sum(total, method, roster), aggregate(updates, method)
+        assert torch.allclose(found.A, expected.A, rtol=1e-14, atol=0.0)
+        assert torch.allclose(found.B, expected.B, rtol=1e-14, atol=0.0)

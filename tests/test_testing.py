@@ -291,3 +291,17 @@ def test_one_mistake_has_one_error(what):
         what(exact_mean, [])
     with pytest.raises(InputValueError, match="unknown claim 'exakt'"):
         what(exact_mean, "exakt")
+
+
+@pytest.mark.parametrize(
+    "claim", ["order", "split_client", "gauge", "rescaling", "absent", "exact"]
+)
+def test_what_is_no_matrix_of_the_clients_size_passes_nothing(claim):
+    with pytest.raises(
+        InputTypeError, match=r"expected it to return an AggregationResult.*NoneType"
+    ):
+        check_aggregator(lambda updates: None, claim)
+    with pytest.raises(
+        InputValueError, match=r"expected a matrix \(9, 8\), got one of shape \(2, 2\)"
+    ):
+        check_aggregator(lambda updates: torch.zeros(2, 2), claim)

@@ -1040,3 +1040,18 @@ def test_fedit_refuses_mixed_ranks_with_the_remedy():
 def test_max_group_must_be_a_count(count):
     with refused("max_group=: expected an integer of at least 1", HetLoRAError):
         aggregate_layers({"q": clients()}, max_group=count)
+
+
+def test_a_client_beyond_the_dtype_can_be_dropped():
+    large = ClientUpdate(torch.full((2, IN), 1e30), torch.full((OUT, 2), 1e30), id="loud")
+    kept = [replace(u, id=f"phone-{k}") for k, u in enumerate(clients())]
+    with refused('component 0 of scaling.*exceeds.*or leave it out with on_bad_client="drop"'):
+        aggregate([*kept, large])
+    for method in ("rb", "flora", "median"):
+        result = aggregate([*kept, large], method, on_bad_client="drop")
+        assert torch.equal(result.A, aggregate(kept, method).A)
+        ((who, why),) = result.excluded
+        assert who == "loud"
+        assert "exceeds 3.4e+38" in why
+    both = aggregate([*kept, large, replace(large, id="louder")], on_bad_client="drop")
+    assert [who for who, _ in both.excluded] == ["loud", "louder"]

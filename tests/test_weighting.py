@@ -1,11 +1,15 @@
 """Masses and shares: weightings, norms, guards, and the ends of float64."""
 
+import math
 from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hetlora_agg import METHODS, ClientUpdate, InputTypeError, InputValueError, aggregate
 from hetlora_agg.components import Components
@@ -24,9 +28,11 @@ from hetlora_agg.weighting import (
     update_norm,
     weighted_share,
 )
+from reference import water_filling
 from states import fitting, state_for
 
 F32, F64 = torch.float32, torch.float64
+EPS = 2.0**-52
 TAKERS = sorted(
     name
     for name, entry in METHODS.items()
@@ -228,7 +234,7 @@ def test_guarded_slots_by_hand(options, expected):
         (
             InputValueError,
             {"totals": [1.0, 2.0], "floor": 0.5},
-            "floor= is relative to the owners' sum; it has no place by totals",
+            "floor= is relative to the owners' sum; leave out totals=",
         ),
         (
             InputValueError,
@@ -277,22 +283,6 @@ def test_refusals_of_weightings_in_full():
 # --- weight caps --------------------------------------------------------------------------------
 
 
-def water_filling(mass, cap):
-    """One after the other to the cap, the rest shared as before; in fractions."""
-    mass, cap = [Fraction(m) for m in mass], Fraction(cap)
-    clients, full = len(mass), set()
-    if clients * cap <= 1:
-        return [1 / clients] * clients
-    while True:
-        rest = [k for k in range(clients) if k not in full]
-        whole, left = sum(mass[k] for k in rest), 1 - cap * len(full)
-        own = {k: left * mass[k] / whole if whole else left / len(rest) for k in rest}
-        above = {k for k in rest if own[k] > cap}
-        if not above:
-            return [float(cap) if k in full else float(own[k]) for k in range(clients)]
-        full |= above
-
-
 @pytest.mark.parametrize("unit", [1.0, 1e-300, 1e300])
 @pytest.mark.parametrize("clients", [1, 2, 3, 4])
 def test_caps_by_water_filling(clients, unit):
@@ -306,6 +296,63 @@ def test_caps_by_water_filling(clients, unit):
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
         assert bool((found <= cap).all())
         assert torch.equal(capped(mass[-1], cap), found[-1])
+
+
+def cap_of(masses, cap):
+    return capped(torch.tensor(masses, dtype=torch.float64), float(cap)).numpy()
+
+
+@st.composite
+def masses_and_cap(draw, most=8):
+    masses = draw(st.lists(st.integers(1, 10**6), min_size=1, max_size=most))
+    least = Fraction(1, len(masses))
+    step = draw(st.integers(0, 64))
+    return masses, least + (1 - least) * Fraction(step, 64)
+
+
+@given(masses_and_cap())
+def test_the_cap_is_water_filling(case):
+    masses, cap = case
+    found, expected = cap_of(masses, cap), water_filling(masses, cap)
+    assert np.allclose(found, expected, rtol=4 * len(masses) * EPS, atol=0)
+    assert found.max() <= float(cap) * (1 + 4 * EPS)
+    assert math.isclose(math.fsum(found), 1, rel_tol=2 * len(masses) * EPS)
+
+
+@pytest.mark.parametrize("clients", range(1, 60))
+def test_a_cap_of_one_over_the_clients_makes_all_equal(clients):
+    found = cap_of([2.0**k for k in range(clients)], 1 / clients)
+    assert np.allclose(found, 1 / clients, rtol=4 * clients * EPS, atol=0)
+
+
+def test_the_cap_by_hand():
+    # 8 of 10 is above 1/2: t = 2, so 2, 1, 1 of 4
+    assert cap_of([8, 1, 1], 0.5).tolist() == [0.5, 0.25, 0.25]
+    # 8 and 6 of 16 are above 1/3: both stand at it and the rest fill up the last third
+    assert np.allclose(cap_of([8, 6, 1, 1], 1 / 3), [1 / 3, 1 / 3, 1 / 6, 1 / 6], rtol=4 * EPS)
+    assert cap_of([8, 1, 1], 0.8).tolist() == [0.8, 0.1, 0.1]
+    assert cap_of([8, 1, 1], 1).tolist() == [0.8, 0.1, 0.1]
+
+
+def test_the_cap_of_equal_masses_treats_them_equally():
+    found = cap_of([5, 5, 5, 1], 0.3)
+    assert len(set(found[:3])) == 1
+    assert math.isclose(found[0], 0.3, rel_tol=4 * EPS)
+
+
+def test_the_cap_at_the_ends_of_float64():
+    assert np.allclose(cap_of([1e308, 1e308, 1e308], 0.5), 1 / 3)
+    assert np.allclose(cap_of([1e308, 5e-324, 5e-324], 0.5), [0.5, 0.25, 0.25])
+    assert np.allclose(cap_of([1, 0, 0], 0.5), [0.5, 0.25, 0.25])
+    assert np.allclose(cap_of([3, 1, 0], 0.4), [0.4, 0.4, 0.2])
+
+
+def test_the_cap_of_a_batch_is_that_of_each_row():
+    rows = torch.tensor([[1.0, 2, 9], [1, 1, 1], [9, 2, 1]], dtype=torch.float64)
+    batch = capped(rows.reshape(3, 1, 3), 0.5)
+    assert batch.shape == (3, 1, 3)
+    for row, found in zip(rows, batch[:, 0], strict=True):
+        assert torch.equal(found, capped(row, 0.5))
 
 
 def test_the_cap_is_as_sharp_as_float64():
@@ -349,7 +396,7 @@ def test_what_no_cap_is():
     )
     text = message(guarded_share, c, examples(c), weight_cap=0.5, totals=[4.0, 1.0])
     assert text == (
-        "weight_cap= is relative to the weight of those who take part; it has no place by totals="
+        "weight_cap= is relative to the weight of those who take part; leave out totals="
     )
 
 

@@ -39,9 +39,9 @@ def aggregate(
         workers: layers of a batch decomposed at a time on a CPU, each with its share of torch's
             threads; None is one per thread, fewer for little work.
         memory_limit: bytes that the call may allocate, result included; see `budget`.
-        on_bad_client: "error" for NaN or Inf in a factor and for what ``max_rank`` refuses, or
-            "drop" to leave that client out (listed with the reason in ``.excluded``; the others'
-            weights then make up the whole).
+        on_bad_client: "error" for NaN or Inf in a factor, for a product beyond the compute dtype
+            and for what ``max_rank`` refuses, or "drop" to leave that client out (listed with the
+            reason in ``.excluded``; the others' weights then make up the whole).
         max_rank: refuse clients that declare more or fill a slot beyond it, one number or one by
             client id; a client that is not in the mapping is refused too.
         **options: the method's own keyword arguments, such as ``rank=``.

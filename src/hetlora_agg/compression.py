@@ -46,15 +46,28 @@ def compress(
         reduction: "truncate", or "unbiased", which needs a rank and ``u=``.
         u: uniform on [0, 1), for "unbiased" only: a number, or one per layer ``(*layers,)``.
 
+    Returns:
+        A `Compressed`: the factors, their singular values ``(*layers, r)`` float64, a certificate
+        of the error and, by ``energy``, every layer's own rank.
+
     Raises:
+        InputTypeError: a rank or a u that is no number.
         InputValueError: a rank, energy, split, reduction or u that is none, or those together that
             exclude each other.
+        ConvergenceError: no driver took the SVD.
+
+    Cost: one factored SVD of R components, see `linalg.svd_product`.
 
     Example:
         >>> import torch
         >>> wide = LowRank(torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.eye(3))
         >>> compress(wide, energy=0.9).singular_values.tolist()
         [3.0, 2.0]
+
+    Reference: Eckart and Young 1936; ``energy=`` is FLoRIST's rule, arXiv:2506.09199; the draw is
+    arXiv:2505.09647.
+
+    Fidelity: PAPER for the rule of ``energy=``, OURS for the draw.
     """
     check_choice("split", split, sorted(SPLITS))
     check_choice("reduction", reduction, REDUCTIONS)

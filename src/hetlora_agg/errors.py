@@ -40,6 +40,12 @@ def shown(value: object, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
+def quoted(error: Exception, most: int = 400) -> str:
+    """What another library says of a file, as much as fits a message: it may quote the file."""
+    text = str(error)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """An error line with the nearest names first and all of them sorted."""
     known = sorted(known)

@@ -44,7 +44,7 @@ class Intake:
         A: ``(*layers, rows, in_features)`` in the compute dtype.
         B: ``(*layers, out_features, rows)``.
         dtype: dtype of the result; float16 and bfloat16 are computed in float32.
-        bad: clients with NaN or Inf, and where.
+        bad: clients with NaN, Inf or numbers beyond the compute dtype, and where.
         notes: what was accepted but is worth knowing.
         folding: the factor that took no scaling, and whether it must be common.
     """
@@ -70,7 +70,7 @@ class Intake:
         if not kept or not rows:
             raise InputValueError(
                 "no client is left: every one has weight 0"
-                + (" or was dropped for NaN or Inf or its declared rank" if without else "")
+                + " or was dropped for NaN or Inf, its size or its declared rank" * bool(without)
                 + ", or lacks the layer" * any(_rank(update) == 0 for update in self.updates)
                 + "; pass at least one update with a positive weight"
             )
@@ -151,8 +151,8 @@ def collect(
         folding: where the scaling goes; by default the root of it into both factors.
 
     Raises:
-        InputValueError: components under the declared rank that are not zero, or a product beyond
-            the compute dtype. NaN and Inf are not raised but listed in ``.bad``.
+        InputValueError: components under the declared rank that are not zero. NaN, Inf and products
+            beyond the compute dtype are not raised but listed in ``.bad``.
     """
     dtype = reduce(torch.promote_types, (X.dtype for u in updates for X in (u.A, u.B)))
     compute = dtype if dtype == torch.float64 else torch.float32
@@ -166,7 +166,8 @@ def collect(
         _per_component(updates, [u.scaling**exponent for u in updates], A.device)
         for exponent in EXPONENTS[folding.unscaled]
     )
-    _check_range(updates, peaks_A, peaks_B, into_A, into_B, compute, layers)
+    large = _beyond_range(updates, peaks_A, peaks_B, into_A, into_B, compute, layers)
+    bad = {**large, **bad}
     if any(u.scaling != 1 for u in updates):
         # In float64, since the root of a scaling may lie outside the dtype though A and B do not.
         A, B = (A * into_A.unsqueeze(-1)).to(compute), (B * into_B).to(compute)
@@ -252,7 +253,7 @@ def _check_padding(
         )
 
 
-def _check_range(
+def _beyond_range(
     updates: Sequence[ClientUpdate],
     peaks_A: Tensor,
     peaks_B: Tensor,
@@ -260,20 +261,24 @@ def _check_range(
     into_B: Tensor,
     compute: torch.dtype,
     layers: Sequence[str] | None,
-) -> None:
-    """A component's largest entry, and the folded factors, must fit the compute dtype."""
+) -> dict[Hashable, str]:
+    """Clients with a component, or a folded factor, that the compute dtype cannot hold: where."""
     largest = torch.finfo(compute).max
     # In logarithms: the product itself may leave float64. NaN and Inf were reported already.
     finite = torch.isfinite(peaks_A) & torch.isfinite(peaks_B)
     log_A, log_B = peaks_A.log2() + into_A.log2(), peaks_B.log2() + into_B.log2()
     exceeds = torch.maximum(torch.maximum(log_A, log_B), log_A + log_B) > math.log2(largest)
     failing = finite & exceeds
-    if bool(failing.any()):
+    bad: dict[Hashable, str] = {}
+    while bool(failing.any()):
         k, layer, component = _first(updates, failing, layers)
-        raise InputValueError(
+        bad[name_of(k, updates[k])] = (
             f"{where(k, updates[k].id, layer)}component {component} of scaling * B @ A exceeds "
             f"{largest:.3g}, the largest {compute}; scale the update down or pass float64"
         )
+        start = sum(u.A.shape[-2] for u in updates[:k])
+        failing[..., start : start + updates[k].A.shape[-2]] = False
+    return bad
 
 
 def _check_common_factor(c: Components, folding: Folding) -> None:

@@ -53,8 +53,9 @@ def aggregate_layers(
         workers: layers decomposed at a time on a CPU, each with its share of torch's threads; None
             is one per thread, fewer for little work.
         memory_limit: bytes that the call may allocate, results included; see `budget`.
-        on_bad_client: "error", or "drop" to leave out of every layer who has NaN or Inf, or what
-            ``max_rank`` refuses, in one of them; listed with the reason in ``.excluded``.
+        on_bad_client: "error", or "drop" to leave out of every layer who has NaN, Inf or products
+            beyond the compute dtype, or what ``max_rank`` refuses, in one of them; listed with the
+            reason in ``.excluded``.
         max_rank: refuse clients that declare more or fill a slot beyond it, one number or one by
             client id; a client that is not in the mapping is refused too.
         **options: the method's own; per-layer state, such as ``previous=``, is a mapping by layer

@@ -37,8 +37,8 @@ def unbiased_truncate(low_rank: LowRank, rank: int, u: Offset) -> LowRank:
     ``Q = Σ_{i≤k} σ_i u_i v_iᵀ + Σ_picked τ u_i v_iᵀ``. A head is kept surely: k grows from 0 while
     ``k < r − 1`` and ``σ_{k+1} ≥ Σ_{i>k} σ_i / (r − k)``. Of the tail exactly r − k are picked,
     each with probability ``p_i = σ_i / τ``, by systematic sampling: those for which
-    ``(C_{i−1}, C_i]`` holds an integer + u, C the cumulative sums of p. A P of rank at most r comes
-    back as it is.
+    ``(C_{i−1}, C_i]`` holds an integer + u, C the cumulative sums of p. Factors of at most r
+    components come back as they are.
 
     ``E‖Q − P‖_F² = (Σ_tail σ)² / (r − k) − Σ_tail σ²``, the least of any unbiased draw of rank r,
     and ``‖Q‖_F`` is the same for every u. One draw is farther from P than `compress` is: draw
@@ -50,8 +50,9 @@ def unbiased_truncate(low_rank: LowRank, rank: int, u: Offset) -> LowRank:
         u: uniform on [0, 1), drawn anew for every call: a number, or one per layer, ``(*layers,)``.
 
     Returns:
-        A balanced `LowRank` of exactly that rank in the dtype of the input (float16 and bfloat16
-        are computed in float32), heads first. Leading components are no draw of lower rank.
+        A balanced `LowRank` of r components in the dtype of the input (float16 and bfloat16 are
+        computed in float32), heads first; the input itself where R ≤ r. Leading components are no
+        draw of lower rank.
 
     Raises:
         InputTypeError: ``low_rank`` is none, or not of one floating dtype and device.
@@ -224,7 +225,7 @@ def _checked(low_rank: Any) -> LowRank:
     if not isinstance(low_rank, LowRank):
         raise InputTypeError(
             f"unbiased_truncate: expected a LowRank, got {type(low_rank).__name__}; of a result "
-            "pass .factors"
+            "pass .factors, of an update pass LowRank(update.A, update.B)"
         )
     factors = low_rank.torch()
     A, B = factors.A, factors.B

@@ -45,8 +45,7 @@ def layer_update_norm(c: Components) -> Tensor:
 
 def update_norm(c: Components) -> Tensor:
     """Mass: ``‖ΔW_k‖_F`` over all layers together, ``(K,)``."""
-    (squares,) = over_all_layers(c, client_squared_norms)
-    return squares.sqrt()
+    return over_all_layers(c, client_squared_norms)[0].sqrt()
 
 
 def client_squared_norms(c: Components) -> Tensor:
@@ -69,10 +68,9 @@ def _check_squares(c: Components, squares: Tensor) -> None:
     vanish = (largest > 0) & (largest.square() < torch.finfo(torch.float64).tiny)
     outside = vanish | ~torch.isfinite(squares)
     if bool(outside.any()):
-        id = c.ids[int(outside.nonzero()[0, -1])]
         raise InputValueError(
-            f"update norms: client {id!r}: the square of its norm leaves float64; bring the "
-            "updates to a usual size"
+            f"update norms: client {c.ids[int(outside.nonzero()[0, -1])]!r}: the square of its "
+            "norm leaves float64; bring the updates to a usual size"
         )
 
 
@@ -93,12 +91,10 @@ def sum_over_layers(value: Tensor, layers: int) -> Tensor:
 def client_share(c: Components, mass: Tensor, total: float | None = None) -> Tensor:
     """Share ``m_k / Σ m`` for every component of client k; a given total replaces the sum.
 
-    If all masses are zero (every update is zero, under `update_norm`) clients share equally, the
-    limit of equal masses.
+    If all masses are zero, as those of `update_norm` can be, clients share equally: the limit.
     """
-    if total is not None:
-        return (mass / as_number(total, "total", zero=False))[..., c.client]
-    return normalised(mass)[..., c.client]
+    share = normalised(mass) if total is None else mass / as_number(total, "total", zero=False)
+    return share[..., c.client]
 
 
 def weighted_share(c: Components, weighting: Weighting, total: float | None = None) -> Tensor:
@@ -106,6 +102,18 @@ def weighted_share(c: Components, weighting: Weighting, total: float | None = No
 
     A name is a mass, divided by its sum or by ``total``. What a function returns are the
     coefficients themselves, used as they are: a rule that clips gives less than the whole.
+
+    Raises:
+        InputTypeError, InputValueError: a weighting or total that is none; a function and a total.
+
+    Example:
+        >>> c = Components(torch.eye(2), torch.eye(2), (1, 1), torch.ones(2), (0, 0), (0, 1))
+        >>> weighted_share(c, "uniform"), weighted_share(c, "examples", total=8.0)
+        (tensor([0.5000, 0.5000]), tensor([0.1250, 0.1250]))
+
+    Reference: the denominator after Horvitz and Thompson 1952.
+
+    Fidelity: OURS.
     """
     if not callable(weighting):
         check_choice("weighting", weighting, sorted(WEIGHTINGS))
@@ -113,12 +121,11 @@ def weighted_share(c: Components, weighting: Weighting, total: float | None = No
     if total is not None:
         raise InputValueError("total=: a weighting function gives the coefficients themselves")
     given = weighting(c)
-    clients = len(c.ranks)
-    if not isinstance(given, Tensor) or given.shape[-1:] != (clients,):
+    if not isinstance(given, Tensor) or given.shape[-1:] != (len(c.ranks),):
         found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise InputTypeError(
-            f"weighting: expected the function to return a tensor of {clients} coefficients, one "
-            f"for each client, got {found}"
+            f"weighting: expected the function to return a tensor of {len(c.ranks)} coefficients, "
+            f"one for each client, got {found}"
         )
     if not bool((torch.isfinite(given) & (given >= 0)).all()):
         raise InputValueError("weighting: expected coefficients that are finite and >= 0")
@@ -138,11 +145,9 @@ def capped(mass: Tensor, cap: float) -> Tensor:
 
     ``m'_k = min(m_k, t) / Σ_i min(m_i, t)`` with the level t at which the largest fraction is the
     cap τ, by water-filling: who is above it stands at τ, the others share the rest as before.
-    Where nobody is above τ to begin with, ``m'_k = m_k / Σ m``.
 
     Args:
-        mass: ``(*layers or (), K)``, at least 0. Should only zeros be left to fill up with, they
-            fill up equally: the limit of equal small masses.
+        mass: ``(*layers or (), K)``, at least 0; where only zeros are left, they share equally.
         cap: τ in (0, 1], at least 1/K; at 1/K all clients count alike.
 
     Returns:
@@ -154,9 +159,10 @@ def capped(mass: Tensor, cap: float) -> Tensor:
     Cost: one sort of K numbers.
 
     Example:
-        >>> import torch
         >>> capped(torch.tensor([8.0, 1.0, 1.0], dtype=torch.float64), 0.5)
         tensor([0.5000, 0.2500, 0.2500], dtype=torch.float64)
+
+    Fidelity: OURS; water-filling is elementary and has no reference.
     """
     clients, cap = mass.shape[-1], as_fraction(cap, "weight_cap=")
     if cap < 1 / clients:
@@ -190,9 +196,8 @@ def guarded_share(
 ) -> tuple[Tensor, tuple[int, ...]]:
     """`slot_share` under the guards against rank inflation, and the slots that the quorum drops.
 
-    With a floor β a coalition T of clients has at most ``p_T / β`` of any slot; with a cap τ
-    besides, ``p_k ≤ τ``, at most ``|T| τ / β``. A quorum of 2f + 1 leaves f clients no slot in
-    which they are not outnumbered.
+    With a floor β a coalition T has at most ``p_T / β`` of any slot, with a cap τ besides at most
+    ``|T| τ / β``. A quorum of 2f + 1 leaves f clients no slot in which they are not outnumbered.
 
     Args:
         c: the components.
@@ -211,23 +216,20 @@ def guarded_share(
     Cost: that of `slot_share`.
 
     Example:
-        >>> from hetlora_agg.intake import collect
-        >>> from hetlora_agg.validation import read_updates
-        >>> from torch import ones
-        >>> small, large = (ones(1, 2), ones(2, 1)), (ones(2, 2), ones(2, 2))
-        >>> c = collect(read_updates([small, small, large])[0]).components()
-        >>> guarded_share(c, examples(c), quorum=2)
-        (tensor([0.3333, 0.3333, 0.3333, 0.0000], dtype=torch.float64), (1,))
+        >>> n = torch.tensor([3.0, 1.0], dtype=torch.float64)
+        >>> c = Components(torch.ones(3, 2), torch.ones(2, 3), (1, 2), n, (0, 0, 1), (0, 1))
+        >>> guarded_share(c, examples(c), quorum=2)  # who owns slot 1 is alone there
+        (tensor([0.7500, 0.2500, 0.0000], dtype=torch.float64), (1,))
+
+    Fidelity: OURS, with no reference for the guards.
     """
     if weight_cap is not None:
         if totals is not None:
             raise OptionValueError(
-                "weight_cap= is relative to the weight of those who take part; it has no place by "
-                "totals="
+                "weight_cap= is relative to the weight of those who take part; leave out totals="
             )
         mass = capped(mass, weight_cap)
-    share = slot_share(c, mass, totals=totals, floor=floor, quorum=quorum)
-    return share, dropped_slots(c, quorum)
+    return slot_share(c, mass, totals=totals, floor=floor, quorum=quorum), dropped_slots(c, quorum)
 
 
 def slot_share(
@@ -244,16 +246,22 @@ def slot_share(
         c: the components.
         mass: ``(K,)`` or ``(*layers, K)``.
         totals: fixed denominators in place of ``N_j``, one positive number per slot.
-        floor: β in (0, 1]: the denominator is at least ``β Σ m``, so nobody gets more than
-            ``p_k / β``.
+        floor: β in (0, 1]: the denominator is at least ``β Σ m``, nobody's share above ``p_k / β``.
         quorum: slots with fewer owners than this get share 0 (see `dropped_slots`).
+
+    Raises:
+        InputTypeError, InputValueError: an option outside its range; a floor by totals.
+
+    Example:
+        >>> n = torch.tensor([3.0, 1.0], dtype=torch.float64)
+        >>> c = Components(torch.ones(3, 2), torch.ones(2, 3), (1, 2), n, (0, 0, 1), (0, 1))
+        >>> slot_share(c, n)
+        tensor([0.7500, 0.2500, 1.0000], dtype=torch.float64)
     """
     of_component = mass[..., c.client]
     if totals is not None:
         if floor is not None:
-            raise InputValueError(
-                "floor= is relative to the owners' sum; it has no place by totals"
-            )
+            raise InputValueError("floor= is relative to the owners' sum; leave out totals=")
         fixed = [as_number(value, "totals=", zero=False) for value in as_list(totals, "totals=")]
         if len(fixed) < c.n_slots:
             raise OptionValueError(
@@ -261,7 +269,7 @@ def slot_share(
             )
         share = of_component / of_component.new_tensor([fixed[slot] for slot in c.slots])
     else:
-        # Over the slot's largest first, for the same reason as in client_share.
+        # Over the slot's largest first, for the same reason as in `normalised`.
         top = (c.slot * of_component.unsqueeze(-2)).amax(-1)[..., c.slot_index]
         relative = torch.where(top > 0, of_component / top, 1.0)
         share = relative / (relative @ c.slot.mT)[..., c.slot_index]

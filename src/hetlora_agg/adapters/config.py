@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from hetlora_agg.checks import as_integer, as_number
-from hetlora_agg.errors import InputTypeError, InputValueError, shown
+from hetlora_agg.errors import InputTypeError, InputValueError, quoted, shown
 
 UNDERSTOOD = frozenset(
     {
@@ -131,7 +131,7 @@ def _check_pattern(pattern: str, at: str) -> None:
     try:
         _compiled(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise InputValueError(f"{at}: no regular expression: {error}") from error
+        raise InputValueError(f"{at}: no regular expression: {quoted(error)}") from error
     if len(pattern) > LONGEST or _REPEATED.search(pattern):
         raise InputValueError(
             f"{at}: a pattern of over {LONGEST} characters, or a repeated group that repeats or "

@@ -17,7 +17,7 @@ from torch import Tensor
 from hetlora_agg.adapters.adapter import Adapter
 from hetlora_agg.adapters.keys import PREFIX, listed
 from hetlora_agg.adapters.tensors import in_file
-from hetlora_agg.errors import InputTypeError, InputValueError
+from hetlora_agg.errors import InputTypeError, InputValueError, quoted
 
 CONFIG, WEIGHTS, RESIDUAL = "adapter_config.json", "adapter_model.safetensors", "residual"
 """What an adapter's folder holds; the last is a folder of its own, where there is a residual."""
@@ -128,7 +128,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputValueError(f"{path}: no JSON: {error}") from error
+        raise InputValueError(f"{path}: no JSON: {quoted(error)}") from error
     if not isinstance(config, dict):
         raise InputValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
     return config

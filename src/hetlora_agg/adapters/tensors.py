@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hetlora_agg.checks import FLOATS
-from hetlora_agg.errors import InputTypeError, InputValueError
+from hetlora_agg.errors import InputTypeError, InputValueError, quoted
 from hetlora_agg.types import from_numpy
 
 STORED = {
@@ -95,7 +95,7 @@ def in_file(path: Path, where: str) -> Tensors:
             + (
                 "it is a pickle under another name; convert it where it is trusted"
                 if pickle
-                else f"{error}; send or download it again"
+                else f"{quoted(error)}; send or download it again"
             )
         ) from error
 

@@ -61,7 +61,8 @@ def fair(
 
     Reference: LoRA-FAIR, Bian, Wang, Zhang, Xu, ICCV 2025, arXiv:2411.14961.
 
-    Fidelity: PAPER for the aim, OURS for the closed form, for λ relative to Ā and for mixed ranks.
+    Fidelity: PAPER for the aim, OURS for the closed form, λ relative to Ā, mixed ranks and
+    ``weighting=``.
 
     Deviations: the published method takes gradient steps on a cosine similarity with a fixed λ.
     """

@@ -74,7 +74,7 @@ def fedask(
 
     Reference: FedASK, arXiv:2507.09990.
 
-    Fidelity: CODE for both stages; OURS for weights by examples.
+    Fidelity: CODE for both stages; OURS for weights by examples and ``weighting=``.
 
     Deviations: the noise that FedASK adds for differential privacy is the caller's. Exact once
     sketch and rank reach the rank of the mean, which can be R. The clients' messages by themselves

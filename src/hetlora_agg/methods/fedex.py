@@ -58,9 +58,12 @@ def fedex(
 
     Reference: FedEx-LoRA, Singhal, Ponkshe, Vepakomma, arXiv:2410.09432.
 
-    Fidelity: PAPER for equal ranks; OURS for mixed ranks (zero-padding) and for the factored form.
+    Fidelity: PAPER for equal ranks; OURS for mixed ranks (zero-padding), for the factored form,
+    ``weighting=`` and ``total=``.
 
-    Deviations: the residual is never formed densely. Weighted by examples.
+    Deviations: exact to rounding of the factors' product, not of the total: a client that sends
+    ``10⁸ A`` and ``10⁻⁸ B`` costs eight digits. The residual is never formed densely.
+    Weighted by examples unless ``weighting=`` says otherwise.
     """
     share = weighted_share(c, weighting, total)
     factors = average_factors(c, share)

@@ -51,7 +51,7 @@ def fedit(c: Components, *, weighting: Weighting = "examples") -> AggregationRes
 
     Reference: FedIT, Zhang et al., arXiv:2305.05644.
 
-    Fidelity: PAPER.
+    Fidelity: PAPER, OURS for ``weighting=``.
 
     Deviations: none. The cross terms ``B_k A_l`` are the method's, not ours: two clients with the
     same update written with opposite signs average to something else altogether.

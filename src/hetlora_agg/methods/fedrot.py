@@ -67,8 +67,8 @@ def fedrot(
 
     Reference: FedRot-LoRA, Zhang, Kim, Cha, Vikalo, arXiv:2602.23638.
 
-    Fidelity: CODE for equal ranks; OURS for mixed ranks: ``R_k`` is then r_k × r_ref with
-    orthonormal rows.
+    Fidelity: CODE for equal ranks; OURS for ``weighting=`` and for mixed ranks: ``R_k`` is then
+    r_k × r_ref with orthonormal rows.
 
     Deviations: where a softened rotation is singular the full one is taken, and noted. Rotation
     takes the place of padding but not its dilution: an idle round multiplies by ``q_j²``. Claims

@@ -54,9 +54,10 @@ def ffa(c: Components, *, weighting: Weighting = "examples") -> AggregationResul
 
     Reference: FFA-LoRA, Sun, Li, Li, Ding, ICLR 2024, arXiv:2403.12313.
 
-    Fidelity: PAPER for equal ranks; OURS for mixed ranks (zero-padding).
+    Fidelity: PAPER for equal ranks; OURS for mixed ranks (zero-padding) and for ``weighting=``.
 
-    Deviations: weighted by examples. The scaling goes whole into B, or A would not be common.
+    Deviations: weighted by examples unless ``weighting=`` says otherwise. The scaling goes whole
+    into B, or A would not be common.
     """
     B = average_factors(c, weighted_share(c, weighting)).B
     return result_of(LowRank(common_rows(c), B), shared=frozenset("B"))

@@ -82,8 +82,8 @@ def flexlora(
     Reference: FlexLoRA, Bai et al., NeurIPS 2024, arXiv:2402.11505; the same estimator is HLoRA,
     arXiv:2503.00813. ``energy=`` is FLoRIST's rule, arXiv:2506.09199; the draw is arXiv:2505.09647.
 
-    Fidelity: CODE for the estimator, OURS for ``fold_rest`` (after FedMomentum's idea) and for
-    ``reduction="unbiased"``.
+    Fidelity: CODE for the estimator, OURS for ``fold_rest`` (after FedMomentum's idea), for
+    ``reduction="unbiased"``, ``weighting=`` and ``total=``.
 
     Deviations: none in exact arithmetic; the dense matrix is not formed.
     """

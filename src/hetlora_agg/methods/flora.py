@@ -58,7 +58,7 @@ def flora(
 
     Reference: FLoRA, Wang et al., NeurIPS 2024, arXiv:2409.05976.
 
-    Fidelity: CODE.
+    Fidelity: CODE, OURS for ``weighting=`` and ``total=``.
 
     Deviations: none.
     """

@@ -66,7 +66,8 @@ def glora(
 
     Reference: GLoRA, arXiv:2605.06733.
 
-    Fidelity: OURS, a reading of the published idea through the stacked factors.
+    Fidelity: OURS, a reading of the published idea through the stacked factors; so is
+    ``weighting=``.
 
     Deviations: V does not depend on the size of the updates, only on where they look. Exact iff r
     reaches the dimension of the joint row space. Equal eigenvalues at the cut leave V open.

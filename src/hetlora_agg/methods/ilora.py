@@ -75,8 +75,9 @@ def ilora(
 
     Reference: ILoRA, Zhou, Liu, Shang, arXiv:2511.16069.
 
-    Fidelity: SECOND for stacking and the QR, OURS for ``initial`` and for taking Q from the
-    stacked factors: ``Q[:, :r]`` spans the first r columns of ``ΔW*``, ``B_cat (A_cat[:, :r])``.
+    Fidelity: SECOND for stacking and the QR, OURS for ``initial``, ``weighting=`` and for taking Q
+    from the stacked factors: ``Q[:, :r]`` spans the first r columns of ``ΔW*``,
+    ``B_cat (A_cat[:, :r])``.
 
     Deviations: none known. The cut depends on the order of the input features and is worse than
     the SVD of 'flexlora'. An idle round multiplies row j of T by q_j. Columns that depend on

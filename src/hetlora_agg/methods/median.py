@@ -5,6 +5,7 @@ from hetlora_agg.components import Components
 from hetlora_agg.compression import Rank, compress
 from hetlora_agg.core import core, core_bytes
 from hetlora_agg.registry import method
+from hetlora_agg.robustness.trimming import moderated
 from hetlora_agg.types import AggregationResult, result_of
 from hetlora_agg.weighting import uniform
 
@@ -54,8 +55,10 @@ def median(c: Components, *, rank: Rank = None, split: str = "balanced") -> Aggr
 
     Deviations: clients count equally: a weight is a client's own word. A slot that fewer than half
     of the clients own is zero for most, and so is its median. The bases follow the largest
-    updates, an attacker's included.
+    updates, an attacker's included, up to a million times the median size: what is larger is
+    shortened to that, or it would take the others' digits.
     """
+    c = moderated(c)
     shared = core(c, uniform(c))
     X = shared.X.sort(-3).values
     middle = X.shape[-3] - 1

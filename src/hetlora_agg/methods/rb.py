@@ -88,8 +88,8 @@ def rb(
     Reference: RB-LoRA, Ha, Oh, Jeon, Findings of EACL 2026, acl:2026.findings-eacl.88.
 
     Fidelity: PAPER for ``γ = α_k β_j``, CODE for ``β_j``, OURS for ``α_k = n_k / Σ n`` and for
-    averaging in product space. ``floor``, ``quorum``, ``weight_cap``, ``align`` and ``previous``
-    are OURS.
+    averaging in product space. ``floor``, ``quorum``, ``weight_cap``, ``totals``, ``align`` and
+    ``previous`` are OURS.
 
     Deviations: the authors' release averages zero-padded factors and never calls its β; that is
     'zeropad' here. Unbiased before truncation; the truncated result keeps consensus only. A client

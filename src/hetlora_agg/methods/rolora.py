@@ -64,10 +64,11 @@ def rolora(c: Components, *, round: int, weighting: Weighting = "examples") -> A
 
     Reference: RoLoRA, Chen, Guo, Ju, Dalal, Yaghmaie, Khisti, arXiv:2409.02346.
 
-    Fidelity: PAPER for alternating, OURS for mixed ranks (zero-padding) and for B first.
+    Fidelity: PAPER for alternating, OURS for mixed ranks (zero-padding), B first and
+    ``weighting=``.
 
-    Deviations: weighted by examples. With mixed ranks an even round finds common B's only where
-    the clients train the leading slots of one global B.
+    Deviations: weighted by examples unless ``weighting=`` says otherwise. With mixed ranks an even
+    round finds common B's only where the clients train the leading slots of one global B.
     """
     averaged = average_factors(c, weighted_share(c, weighting))
     if frozen(round) == "A":

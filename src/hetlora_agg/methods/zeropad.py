@@ -49,7 +49,7 @@ def zeropad(c: Components, *, weighting: Weighting = "examples") -> AggregationR
 
     Reference: the "HETLoRA" baselines of RB-LoRA's release, acl:2026.findings-eacl.88.
 
-    Fidelity: CODE.
+    Fidelity: CODE, OURS for functions as ``weighting=``.
 
     Deviations: none.
     """

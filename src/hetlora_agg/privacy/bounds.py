@@ -50,7 +50,14 @@ class Sensitivity:
     conditions: tuple[str, ...]
 
     def deviation(self, noise_multiplier: float) -> float:
-        """Standard deviation of the Gaussian noise on every entry of the dense total update."""
+        """Standard deviation of the Gaussian noise on every entry of the dense total update.
+
+        Args:
+            noise_multiplier: z > 0, the standard deviation over the sensitivity: ``z · l2``.
+
+        Raises:
+            InputTypeError, InputValueError: a multiplier that is not a finite number above zero.
+        """
         return as_number(noise_multiplier, "noise_multiplier", zero=False) * self.l2
 
 
@@ -125,7 +132,8 @@ def sensitivity(
         conditions=(
             ADJACENCIES[adjacency],
             f"every client's update has norm at most {clip:g} over all its layers together",
-            f"no client has more than {p:.6g} of all weight, in any cohort",
+            f"no client has more than {p:.6g} of all weight, in any cohort and in any layer: one "
+            "that a client lacks counts as zero, missing='zero', and others do not make up for it",
             "the noise goes onto the dense total, before any truncation",
         ),
     )

@@ -11,7 +11,7 @@ from hetlora_agg.checks import as_fraction, as_integer, as_number
 from hetlora_agg.errors import ConvergenceError, InputValueError
 from hetlora_agg.linalg import solve_gram
 from hetlora_agg.robustness.points import Points
-from hetlora_agg.robustness.rules import Rule, Step, check_majority
+from hetlora_agg.robustness.rules import Rule, Step, check_majority, written
 
 LEAP_EVERY = 10
 """Weiszfeld's steps between two of Newton's, which cost K times as much."""
@@ -51,7 +51,7 @@ def multi_krum(f: int, keep: int | None = None) -> Rule:
     """
     bad = as_integer(f, "f=", at_least=0)
     kept = None if keep is None else as_integer(keep, "keep=", at_least=1)
-    text = f"multi_krum({bad})" if kept is None else f"multi_krum({bad}, keep={kept})"
+    text = written(multi_krum, f=bad, keep=kept)
     return Rule((Step(partial(_krum, f=bad, keep=kept), text, True),))
 
 
@@ -100,13 +100,10 @@ def geomed(f: int | None = None, *, tolerance: float = 1e-6, max_iterations: int
     Deviations: RFA weights clients by their examples and smooths the distances; here neither.
     """
     bad = None if f is None else as_integer(f, "f=", at_least=0)
-    step = partial(
-        _median,
-        f=bad,
-        tolerance=as_fraction(tolerance, "tolerance="),
-        most=as_integer(max_iterations, "max_iterations=", at_least=1),
-    )
-    return Rule((Step(step, f"geomed({'' if bad is None else bad})", True),))
+    near = as_fraction(tolerance, "tolerance=")
+    most = as_integer(max_iterations, "max_iterations=", at_least=1)
+    text = written(geomed, f=bad, tolerance=near, max_iterations=most)
+    return Rule((Step(partial(_median, f=bad, tolerance=near, most=most), text, True),))
 
 
 def centered_clip(
@@ -148,7 +145,7 @@ def centered_clip(
     limit = None if radius is None else as_number(radius, "radius=", zero=False)
     bad = None if f is None else as_integer(f, "f=", at_least=0)
     steps = as_integer(iterations, "iterations=", at_least=1)
-    text = f"centered_clip({'' if limit is None else f'{limit:g}'})"
+    text = written(centered_clip, radius=limit, f=bad, iterations=steps)
     return Rule((Step(partial(_centred, radius=limit, f=bad, iterations=steps), text, True),))
 
 

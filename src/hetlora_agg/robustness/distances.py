@@ -22,6 +22,50 @@ CANCELLED = 1e4 * torch.finfo(torch.float64).eps
 """A squared distance below this part of the clients' scale is mostly rounding."""
 
 
+LOUD = 1e3
+"""An update is lost in its own rounding where its components are this many times as long."""
+
+
+def client_sizes(c: Components) -> Tensor:
+    """``S_k = Σ ‖b‖‖a‖`` over the client's components, ``(*layers, K)``: at least ``‖ΔW_k‖_F``."""
+    owner = (torch.arange(len(c.ranks), device=c.A.device)[:, None] == c.client).double()
+    return (norms(c.B, -2) * norms(c.A, -1)) @ owner.mT
+
+
+def seen_norms(c: Components) -> Tensor:
+    """``‖ΔW_k‖_F²`` and, for updates that cancel within themselves, what cancelling leaves behind.
+
+    Components that cancel make a harmless product of factors of any size, and whoever multiplies
+    them out again meets their rounding, ``ε S_k``. A rule sees it as a step of that length in a
+    direction of the client's own.
+    """
+    squares = client_squared_norms(c)
+    return squares + _left_behind(c, squares)
+
+
+def seen_products(c: Components) -> tuple[Tensor, Tensor]:
+    """`pair_products` with what cancelling leaves behind, as in `seen_norms`."""
+    products, squares = pair_products(c)
+    rest = _left_behind(c, products.diagonal(dim1=-2, dim2=-1))
+    apart = squares + rest.unsqueeze(-1) + rest.unsqueeze(-2)
+    apart.diagonal(dim1=-2, dim2=-1).zero_()
+    return products + torch.diag_embed(rest), apart
+
+
+def _left_behind(c: Components, squares: Tensor) -> Tensor:
+    """``(ε S_k)²`` of updates shorter than a thousandth of their components, else 0."""
+    sizes = client_sizes(c)
+    rest = (torch.finfo(c.A.dtype).eps * sizes).square()
+    rest = torch.where(sizes > LOUD * squares.sqrt(), rest, 0.0)
+    if not bool(torch.isfinite(rest).all()):
+        id = c.ids[int((~torch.isfinite(rest)).nonzero()[0, -1])]
+        raise InputValueError(
+            f"distances: client {id!r}: the square of its components' size leaves float64; bring "
+            "the updates to a usual size"
+        )
+    return rest
+
+
 def squared_distances(c: Components) -> tuple[Tensor, Tensor]:
     """``‖ΔW_k‖_F²`` and ``‖ΔW_i − ΔW_j‖_F²`` for every client and pair, for any ranks.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +14,9 @@ from hetlora_agg.checks import as_integer, as_number
 from hetlora_agg.components import Components
 from hetlora_agg.errors import InputTypeError, InputValueError, OptionValueError
 from hetlora_agg.registry import Statistic
-from hetlora_agg.robustness.distances import pair_products
+from hetlora_agg.robustness.distances import seen_norms, seen_products
 from hetlora_agg.robustness.points import Points, points_of
-from hetlora_agg.weighting import client_squared_norms, normalised, over_all_layers
+from hetlora_agg.weighting import normalised, over_all_layers
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Step:
     Attributes:
         rows: ``Points -> (n, n + 1)``, every point replaced by a combination of them and the
             origin, or ``(n + 1,)``, the one combination that is the answer.
-        text: as it was written.
+        text: the call that makes it; options at their defaults are left out.
         answers: whether it gives the answer.
         pairs: whether it looks at distances between clients, not at norms alone.
     """
@@ -69,7 +70,7 @@ class Rule:
     @property
     def statistic(self) -> Statistic:
         """What is summed over all layers before the rule is asked."""
-        return pair_products if any(step.pairs for step in self.steps) else client_squared_norms
+        return seen_products if any(step.pairs for step in self.steps) else seen_norms
 
     def coefficients(self, weight: Tensor, *statistic: Tensor) -> Tensor:
         """The coefficients for given totals of ``statistic``, ``(K,)`` float64.
@@ -147,8 +148,8 @@ def norm_clip(bound: float) -> Rule:
     adapted ones. f clients can still move the result by their part of C.
     """
     longest = as_number(bound, "bound=", zero=False)
-    step = Step(partial(_clipped, bound=longest), f"norm_clip({longest:g})", False, pairs=False)
-    return Rule((step,))
+    text = written(norm_clip, bound=longest)
+    return Rule((Step(partial(_clipped, bound=longest), text, False, pairs=False),))
 
 
 def nnm(f: int) -> Rule:
@@ -183,7 +184,7 @@ def nnm(f: int) -> Rule:
     Deviations: clients count equally in a mixture; of equally near ones the first in order.
     """
     bad = as_integer(f, "f=", at_least=0)
-    return Rule((Step(partial(_nearest, f=bad), f"nnm({bad})", False),))
+    return Rule((Step(partial(_nearest, f=bad), written(nnm, f=bad), False),))
 
 
 def _clipped(points: Points, bound: float) -> Tensor:
@@ -197,6 +198,17 @@ def _nearest(points: Points, f: int) -> Tensor:
     order = points.squares[:-1, :-1].argsort(dim=-1, stable=True)[:, : n - f]
     rows = torch.zeros(n, n + 1, dtype=torch.float64)
     return rows.scatter_(-1, order, 1 / (n - f))
+
+
+def written(rule: Callable[..., Rule], **options: float | None) -> str:
+    """The call that makes a rule, the first option by place, without those at their defaults."""
+    usual = inspect.signature(rule).parameters
+    first = next(iter(usual))
+    given = {name: x for name, x in options.items() if x != usual[name].default}
+    # All digits, but 9 for 9.0.
+    short = {n: f"{x:g}" if float(f"{x:g}") == x else repr(x) for n, x in given.items()}
+    parts = (text if name == first else f"{name}={text}" for name, text in short.items())
+    return f"{rule.__name__}({', '.join(parts)})"
 
 
 def check_majority(rule: str, n: int, f: int) -> None:

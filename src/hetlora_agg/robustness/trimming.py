@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import torch
+
 from hetlora_agg.checks import as_integer
 from hetlora_agg.components import Components
 from hetlora_agg.core import core
+from hetlora_agg.robustness.distances import client_sizes
 from hetlora_agg.robustness.rules import check_majority
 from hetlora_agg.types import LowRank
 from hetlora_agg.weighting import uniform
+
+MOST = 1e6
+"""How many times the median client's size one may be before it is shortened."""
 
 
 def trimmed_core(c: Components, f: int) -> LowRank:
@@ -44,7 +50,22 @@ def trimmed_core(c: Components, f: int) -> LowRank:
     Fidelity: PAPER for the rule, OURS for the core's ordered bases.
     """
     cut, n = as_integer(f, "f=", at_least=0), len(c.ranks)
-    check_majority("trimmed mean", n, cut)
+    check_majority("trimmed_core", n, cut)
+    c = moderated(c)
     shared = core(c, uniform(c))
     merged = shared.X.sort(-3).values[..., cut : n - cut, :, :].mean(-3)
     return shared.back(merged, c.A)
+
+
+def moderated(c: Components) -> Components:
+    """Updates a million times as large as the median one shortened to that.
+
+    ``ΔW_k min(1, 10⁶ S̃ / S_k)``, S̃ the upper median of ``S_k = Σ ‖b‖‖a‖``. The bases that all share
+    are as long as float64 is: beyond some 10¹² one client would take the others' digits. An
+    entry that is left out anyway stays as extreme as it was.
+    """
+    sizes = client_sizes(c)
+    usual = sizes.sort(-1).values[..., len(c.ranks) // 2].unsqueeze(-1)
+    limit = MOST * usual
+    factor = torch.where((sizes > limit) & (usual > 0), limit / sizes, 1.0)
+    return c.with_factors(c.A, c.B * factor[..., c.client].unsqueeze(-2).to(c.B))

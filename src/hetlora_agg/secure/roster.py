@@ -22,6 +22,10 @@ STATE = (LowRank, AggregationResult, torch.Generator)
 """Options of these types decide nobody's share."""
 
 
+MOST_SLOTS = 4096
+"""Slots that a roster may name: more than any adapter has."""
+
+
 @dataclass(frozen=True, eq=False)
 class Roster:
     """Who takes part, without what they send.
@@ -84,6 +88,9 @@ def read_roster(roster: Any) -> Roster:
     """The checked roster of ``(id, rank, weight)`` or ``(id, rank, weight, slots)``."""
     listed = as_list(roster, "roster: expected [(id, rank, weight), …]")
     updates = []
+    # A layer is as large as its slots: the roster does not know its size.
+    named = [s for line in listed for s in _named_slots(line) if isinstance(s, int)]
+    width = 1 + min(max(named, default=0), MOST_SLOTS)
     for line in listed:
         if not isinstance(line, (tuple, list)) or len(line) not in (3, 4) or line[0] is None:
             raise InputTypeError(
@@ -92,9 +99,17 @@ def read_roster(roster: Any) -> Roster:
         id, rank, weight, slots = (*line, None)[:4]
         rank = as_integer(rank, f"roster: rank of client {id!r}", at_least=1)
         wide = torch.ones(rank, 1, dtype=torch.float64)
-        updates.append(ClientUpdate(wide, wide.mT, rank, weight, slots=slots, id=id))
+        updates.append(
+            ClientUpdate(wide.expand(rank, width), wide.mT, rank, weight, slots=slots, id=id)
+        )
     read, _ = read_updates(updates, "the roster")
     return _of([update for update in read if update.weight > 0])
+
+
+def _named_slots(line: Any) -> Iterable[Any]:
+    """The slots in a line of a roster, if it has any."""
+    slots = line[3] if isinstance(line, (tuple, list)) and len(line) == 4 else ()
+    return slots if isinstance(slots, (tuple, list)) else ()
 
 
 def _of(updates: list[ClientUpdate]) -> Roster:

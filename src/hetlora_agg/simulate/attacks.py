@@ -79,6 +79,14 @@ class Scale:
     Attributes:
         clients: the attackers, by number.
         times: what B is multiplied by.
+
+    Example:
+        >>> from hetlora_agg.simulate import Settings, build_federation
+        >>> sent = {"q": [ClientUpdate(torch.ones(1, 2), torch.ones(2, 1), id=k) for k in (0, 1)]}
+        >>> federation = build_federation(Settings(ranks=(1, 1)))
+        >>> arrived = Scale((1,), times=3.0)(sent, federation, torch.Generator(), 1)
+        >>> [float(update.B[0]) for update in arrived["q"]]
+        [1.0, 3.0]
     """
 
     clients: tuple[int, ...] = (0,)
@@ -101,6 +109,14 @@ class SignFlip:
 
     Attributes:
         clients: the attackers, by number.
+
+    Example:
+        >>> from hetlora_agg.simulate import Settings, build_federation
+        >>> sent = {"q": [ClientUpdate(torch.ones(1, 2), torch.ones(2, 1), id=k) for k in (0, 1)]}
+        >>> federation = build_federation(Settings(ranks=(1, 1)))
+        >>> arrived = SignFlip((1,))(sent, federation, torch.Generator(), 1)
+        >>> [float(update.B[0]) for update in arrived["q"]]
+        [1.0, -1.0]
     """
 
     clients: tuple[int, ...] = (0,)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.aggregate import aggregate
-from hetlora_agg.errors import InputValueError
+from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.registry import resolve
 from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank
 
@@ -139,7 +139,19 @@ class Trial:
             result = result.total()
         if isinstance(result, LowRank):
             result = result.dense()
-        return torch.as_tensor(result).detach().double()
+        try:
+            dense = torch.as_tensor(result).detach().double()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputTypeError(
+                "aggregator: expected it to return an AggregationResult, a LowRank, (A, B) or a "
+                f"matrix, got {type(result).__name__}"
+            ) from error
+        size = (updates[0].B.shape[-2], updates[0].A.shape[-1])
+        if dense.shape[-2:] != size:
+            raise InputValueError(
+                f"aggregator: expected a matrix {size}, got one of shape {tuple(dense.shape)}"
+            )
+        return dense
 
     def run(self, updates: list[ClientUpdate], **known: Any) -> Any:
         """What the aggregator returns.
