@@ -19,7 +19,8 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 FLOORS = [
     {"errors"},
     {"linalg"},
-    {"types", "components", "claims"},
+    {"types", "claims"},
+    {"components"},
     {"registry", "checks"},
     {"reduction", "sampling"},
     {"weighting", "alignment", "rotating", "drawing", "combining", "compression", "validation"},
@@ -33,6 +34,7 @@ FLOORS = [
     {"reports"},
     {"diagnostics"},
     {"adapters"},
+    {"streaming"},
     {"testing"},
     {"simulate"},
     {"plotting"},

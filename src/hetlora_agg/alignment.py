@@ -39,4 +39,4 @@ def align(c: Components, to: str | None) -> Components:
     """The components aligned by name: None leaves them, "svd" takes each client's own SVD."""
     if to is not None:
         check_choice("align", to, sorted(name for name in ALIGNMENTS if name))
-    return ALIGNMENTS[to](c)
+    return ALIGNMENTS[to](c) if c.sums is None else c.sums.aligned(c, to)

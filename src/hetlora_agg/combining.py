@@ -12,7 +12,10 @@ from hetlora_agg.types import LowRank
 
 def stack(c: Components, share: Tensor) -> LowRank:
     """Mean of products, ``Σ share_j b_j a_j``: components side by side, exact, rank R."""
-    return LowRank(_checked(c, share).unsqueeze(-1) * c.A, c.B)
+    share = _checked(c, share)
+    if c.sums is not None:
+        return c.sums.stack(share)
+    return LowRank(share.to(c.A.dtype).unsqueeze(-1) * c.A, c.B)
 
 
 def average_factors(c: Components, share: Tensor) -> LowRank:
@@ -21,7 +24,10 @@ def average_factors(c: Components, share: Tensor) -> LowRank:
     Against the mean of products it errs by the cross terms,
     ``½ Σ_ij g_i g_j (B_i − B_j)(A_i − A_j)`` for client shares g that sum to 1.
     """
-    slot, share = c.slot.to(c.A.dtype), _checked(c, share)
+    share = _checked(c, share)
+    if c.sums is not None:
+        return c.sums.average_factors(share)
+    slot, share = c.slot.to(c.A.dtype), share.to(c.A.dtype)
     return LowRank(slot @ (share.unsqueeze(-1) * c.A), (share.unsqueeze(-2) * c.B) @ slot.mT)
 
 
@@ -41,12 +47,12 @@ def cast_balanced(low_rank: LowRank, like: Tensor) -> LowRank:
 
 def common_rows(c: Components) -> Tensor:
     """The A that all clients share, ``(*layers, n_slots, in)``, bit for bit; 0 in empty slots."""
-    return _first_of_slot(c) @ c.A
+    return _first_of_slot(c) @ c.A if c.sums is None else c.sums.common("A")
 
 
 def common_columns(c: Components) -> Tensor:
     """The B that all clients share, ``(*layers, out, n_slots)``, bit for bit; 0 in empty slots."""
-    return c.B @ _first_of_slot(c).mT
+    return c.B @ _first_of_slot(c).mT if c.sums is None else c.sums.common("B")
 
 
 def _first_of_slot(c: Components) -> Tensor:
@@ -78,7 +84,7 @@ def carry_over_slots(
 
 
 def _checked(c: Components, share: Tensor) -> Tensor:
-    """The share in the factors' dtype; a mass, one number per client, is not one."""
+    """The share, one number per component; a mass, one per client, is none."""
     expected = len(c.slots)
     if not isinstance(share, Tensor) or share.dim() == 0 or share.shape[-1] != expected:
         found = tuple(share.shape) if isinstance(share, Tensor) else type(share).__name__
@@ -86,7 +92,7 @@ def _checked(c: Components, share: Tensor) -> Tensor:
             f"share: expected a tensor (*layers, R) with R = {expected} components, got {found}; "
             "client_share and slot_share make one of a mass"
         )
-    return share.to(c.A.dtype)
+    return share
 
 
 def _empty_slots(c: Components, previous: LowRank | None, dropped: tuple[int, ...]) -> list[int]:

@@ -6,9 +6,35 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from hetlora_agg.types import LowRank
+
+
+class Sums(Protocol):
+    """Clients that were added up on their way in: what is left of them to combine."""
+
+    def stack(self, share: Tensor) -> LowRank:
+        """``Σ share_j b_j a_j`` for shares ``(R,)`` or ``(*layers, R)`` of all that were added."""
+
+    def average_factors(self, share: Tensor) -> LowRank:
+        """A's and B's of each slot averaged apart."""
+
+    def common(self, factor: str) -> Tensor:
+        """The factor that all clients share, bit for bit, its slots along the rank."""
+
+    def aligned(self, c: Components, to: str | None) -> Components:
+        """The components, which were aligned one client at a time."""
+
+    def squared_norms(self) -> Tensor:
+        """``‖ΔW_k‖_F²`` of everybody, ``(*layers, K)`` float64."""
+
+
+BLOCK = 16_384
+"""Components whose slots are laid out one-hot at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +52,8 @@ class Components:
         ids: K client ids; a client without one is called by its position in the list.
         statistic: this method's client statistics summed over all layers, each ``(K,)`` or
             ``(K, K)``, when ``aggregate`` or ``aggregate_layers`` has computed them.
+        sums: what a running aggregate has added up; A and B then have no components of their own,
+            while ranks, weights and slots tell of everybody who was added.
     """
 
     A: Tensor
@@ -35,6 +63,7 @@ class Components:
     slots: tuple[int, ...]
     ids: tuple[Hashable, ...]
     statistic: tuple[Tensor, ...] | None = None
+    sums: Sums | None = None
 
     @property
     def max_rank(self) -> int:
@@ -67,6 +96,22 @@ class Components:
         """One-hot map from components to slots, ``(n_slots, R)`` float64."""
         every = torch.arange(self.n_slots, device=self.A.device)
         return (every[:, None] == self.slot_index).to(torch.float64)
+
+    def over_slots(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Largest and sum of the components' values in each slot, both ``(*layers, n_slots)``.
+
+        Block by block: of ten thousand clients the one-hot map alone would be too large.
+        """
+        top = total = values.new_zeros(1)
+        every = torch.arange(self.n_slots, device=values.device)[:, None]
+        blocks = zip(
+            torch.split(values, BLOCK, -1), torch.split(self.slot_index, BLOCK), strict=True
+        )
+        for block, filled in blocks:
+            slot = (every == filled).to(values.dtype)
+            top = torch.maximum(top, (slot * block.unsqueeze(-2)).amax(-1))
+            total = total + block @ slot.mT
+        return top, total
 
     def with_factors(self, A: Tensor, B: Tensor) -> Components:
         """The same clients with other factors of the same shapes."""

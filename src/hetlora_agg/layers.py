@@ -89,8 +89,10 @@ def aggregate_layers(
                 f"{name}=: expected a mapping by layer name, got one {type(value).__name__}"
             )
     read, numpy, refused = admit_layers(layers, missing, max_rank, on_bad_client)
-    state = {k: _layer_state(k, v, read) for k, v in options.items() if isinstance(v, Mapping)}
-    streams = {k: _children(v, read) for k, v in options.items() if isinstance(v, torch.Generator)}
+    state = {k: layer_state(k, v, read) for k, v in options.items() if isinstance(v, Mapping)}
+    streams = {
+        k: layer_streams(v, read) for k, v in options.items() if isinstance(v, torch.Generator)
+    }
     plain = {k: v for k, v in options.items() if k not in state and k not in streams}
     folding = folding_of(entry, options)
     max_group, for_svd = budget(memory_limit, read, max_group, entry.workspace)
@@ -106,7 +108,7 @@ def aggregate_layers(
     with limited(workers, for_svd):
         ran = run(entry, batches, on_bad_client, refused)
         for group, result in zip(names, ran, strict=True):
-            results.update(zip(group, _take_apart(result, len(group)), strict=True))
+            results.update(zip(group, take_apart(result, len(group)), strict=True))
     return {name: to_numpy(results[name]) if numpy else results[name] for name in read}
 
 
@@ -188,7 +190,7 @@ def _zero_update(
     )
 
 
-def _layer_state(option: str, given: Mapping[str, Any], layers: Layers) -> dict[str, LowRank]:
+def layer_state(option: str, given: Mapping[str, Any], layers: Layers) -> dict[str, LowRank]:
     """Per-layer state checked against the layers, results of an earlier round unwrapped."""
     state: dict[str, LowRank] = {}
     for layer, updates in layers.items():
@@ -202,7 +204,7 @@ def _layer_state(option: str, given: Mapping[str, Any], layers: Layers) -> dict[
     return state
 
 
-def _children(generator: torch.Generator, layers: Layers) -> dict[str, list[torch.Generator]]:
+def layer_streams(generator: torch.Generator, layers: Layers) -> dict[str, list[torch.Generator]]:
     """Independent streams for every layer, one per matrix, seeded in the order of the layers.
 
     What a layer draws then depends on neither the grouping nor the layers after it.
@@ -229,8 +231,8 @@ def _grouped(
         size = max_group or len(every)
         for names in (every[i : i + size] for i in range(0, len(every), size)):
             columns = zip(*(layers[name] for name in names), strict=True)
-            own = {k: _stack([s[name] for name in names]) for k, s in state.items()}
-            yield names, [_stack(list(column)) for column in columns], own
+            own = {k: stack_layers([s[name] for name in names]) for k, s in state.items()}
+            yield names, [stack_layers(list(column)) for column in columns], own
 
 
 def _signature(update: ClientUpdate) -> tuple[Any, ...]:
@@ -239,14 +241,14 @@ def _signature(update: ClientUpdate) -> tuple[Any, ...]:
     return (*kinds, update.rank, update.weight, update.scaling, update.slots, update.id)
 
 
-def _stack(items: list[Any]) -> Any:
+def stack_layers(items: list[Any]) -> Any:
     """The same client's, or the same state's, factors of several layers on a new leading dim."""
     # One layer needs no copy.
     join = torch.stack if len(items) > 1 else lambda one: one[0].unsqueeze(0)
     return replace(items[0], A=join([x.A for x in items]), B=join([x.B for x in items]))
 
 
-def _take_apart(result: AggregationResult, layers: int) -> list[AggregationResult]:
+def take_apart(result: AggregationResult, layers: int) -> list[AggregationResult]:
     """One result per layer, each trimmed to its own rank where energy chose it."""
     widths = [result.rank] * layers if result.ranks is None else _widths(result.ranks)
     return [_one_layer(result, i, width, layers) for i, width in enumerate(widths)]

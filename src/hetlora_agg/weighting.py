@@ -50,6 +50,8 @@ def update_norm(c: Components) -> Tensor:
 
 def client_squared_norms(c: Components) -> Tensor:
     """``‖ΔW_k‖_F²``, ``(*layers, K)`` float64, blockwise: cost ``(out + in) Σ r_k²``."""
+    if c.sums is not None:
+        return c.sums.squared_norms()
     squares = c.weight.new_zeros((*c.layers, len(c.ranks)))
     for clients, components in c.rank_groups:
         A, B = c.of_clients(components)
@@ -60,8 +62,7 @@ def client_squared_norms(c: Components) -> Tensor:
 
 
 def _check_squares(c: Components, squares: Tensor) -> None:
-    """Squares of float64 norms may leave float64 at either end; those of float32 cannot."""
-    # By the client's largest term, not by the result: an update may cancel to zero.
+    """By the largest term, since an update may cancel: squares of float32 cannot leave float64."""
     peaks_B, peaks_A = component_peaks(c.B, c.A)
     owners = torch.arange(len(c.ranks), device=c.A.device)[:, None] == c.client
     largest = (owners * (peaks_B * peaks_A).unsqueeze(-2)).amax(-1)
@@ -269,10 +270,9 @@ def slot_share(
             )
         share = of_component / of_component.new_tensor([fixed[slot] for slot in c.slots])
     else:
-        # Over the slot's largest first, for the same reason as in `normalised`.
-        top = (c.slot * of_component.unsqueeze(-2)).amax(-1)[..., c.slot_index]
+        top = c.over_slots(of_component)[0][..., c.slot_index]
         relative = torch.where(top > 0, of_component / top, 1.0)
-        share = relative / (relative @ c.slot.mT)[..., c.slot_index]
+        share = relative / c.over_slots(relative)[1][..., c.slot_index]
     if floor is not None:
         share = torch.minimum(share, client_share(c, mass) / as_fraction(floor, "floor="))
     if quorum is not None:
@@ -283,7 +283,7 @@ def slot_share(
 
 def coverage(c: Components, mass: Tensor) -> Tensor:
     """``q_j``, the part of all mass that owns a component's slot, ``(*layers or (), R)``."""
-    return (client_share(c, mass) @ c.slot.mT)[..., c.slot_index]
+    return c.over_slots(client_share(c, mass))[1][..., c.slot_index]
 
 
 def top_share(c: Components, mass: Tensor) -> Tensor:
