@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 THREADS ?= 2
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz thorough test-integrations lint docs bench bench-full mutants results tables clean
+.PHONY: demo test fuzz thorough test-integrations lint docs bench bench-full mutants seeds results tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hetlora-agg simulate --methods all --out demo --force
@@ -78,15 +78,21 @@ bench-full: $(VENV)/.bench
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.bench_adapters
 	$(BIN)/python -m benchmarks.plots
 
+# Every property of the tests under thirty seeds; the better part of an hour on one core.
+seeds: $(VENV)/.test
+	$(BIN)/python -m benchmarks.bench_seeds $(THREADS)
+	$(BIN)/python docs/tables.py
+
 # Mutation tests of the verbs: every small change to them must fail a test. A few minutes.
 mutants: $(VENV)/.mutants
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_mutants $(THREADS)
 	$(BIN)/python docs/tables.py
 
 # Every number in README.md and docs/, then the tables themselves.
-results: bench-full mutants $(VENV)/.demo
+results: bench-full mutants seeds $(VENV)/.demo
 	$(BIN)/hetlora-agg simulate --methods all --out benchmarks/results --force
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_theory
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_published
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_inflation
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_robustness
 	$(BIN)/python docs/tables.py

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.bench_seeds`` runs all hypothesis properties, 200 examples each, with the
 seeds 1 to 30 and writes ``results/seeds.json``. ``make test`` draws the same examples every time; a
-property that only holds for those is found here. A number after it is how many seeds to run at a time.
+property that only holds for those is found here. A number after it is how many seeds to run at a
+time.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from benchmarks import (  # noqa: E402
     report_inflation,
     report_kernel,
     report_mutants,
+    report_published,
     report_robustness,
     report_theory,
 )
@@ -184,6 +185,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **report.TABLES,
     **report_kernel.TABLES,
     **report_mutants.TABLES,
+    **report_published.TABLES,
     **report_theory.TABLES,
     **report_adapters.TABLES,
     **report_inflation.TABLES,

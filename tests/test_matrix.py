@@ -1,7 +1,9 @@
 """Every method × every claim: it holds, departs from it by a formula, or cannot be tried."""
 
 import inspect
+import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ MIXED, EQUAL = (2, 6, 4, 6), (5, 5, 5)
 FEW = (2, 6, 6)
 # More owners of a slot than slots, so that truncation cuts even a single slot.
 COHORT = (1, 2, 2, 1, 2)
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 SIZE = {"out_features": 18, "in_features": 17}
 
 CELLS = [(m, claim, entry.cell(claim)) for m, entry in METHODS.items() for claim in CLAIMS]
@@ -352,3 +355,14 @@ def test_an_aggregator_without_leading_dimensions_is_refuted_with_what_it_raised
 
     with pytest.raises(Refuted, match="a leading dimension: the aggregator raised RuntimeError"):
         check_aggregator(of_matrices, "layers")
+
+
+def test_packages_were_examined_on_every_claim():
+    record = json.loads((RESULTS / "published.json").read_text())["results"]
+    for found in record.values():
+        assert set(found["verdicts"]) == set(CLAIMS)
+        marks = {verdict.split(":")[0] for verdict in found["verdicts"].values()}
+        assert marks <= {"holds", "refuted", "cannot be tried"}
+    # Known from their formulas: a stack is exact, averages of factors are not.
+    assert record["peft `add_weighted_adapter`, `cat`"]["verdicts"]["exact"] == "holds"
+    assert record["chorus-fl `FedAvg`"]["verdicts"]["exact"].startswith("refuted")
