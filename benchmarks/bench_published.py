@@ -31,6 +31,11 @@ def shares(updates: Sequence[ClientUpdate]) -> list[float]:
     return [u.weight / whole for u in updates]
 
 
+def largest_rank(updates: Sequence[ClientUpdate]) -> int:
+    """Of those who count."""
+    return max(u.A.shape[-2] for u in updates if u.weight > 0)
+
+
 def peft(combination: str) -> Callable[[list[ClientUpdate]], LowRank]:
     """PEFT's ``add_weighted_adapter`` of one linear layer, an adapter for each client."""
 
@@ -56,7 +61,7 @@ def peft(combination: str) -> Callable[[list[ClientUpdate]], LowRank]:
             layer.lora_B[name].weight.data = u.B.float()
         options = {"combination_type": combination}
         if combination == "svd":
-            options["svd_rank"] = max(u.A.shape[-2] for u in updates)
+            options["svd_rank"] = largest_rank(updates)
         wrapped.add_weighted_adapter(names, shares(updates), "merged", **options)
         B = layer.scaling["merged"] * layer.lora_B["merged"].weight.detach()
         return LowRank(layer.lora_A["merged"].weight.detach(), B)
@@ -70,7 +75,7 @@ def chorus(name: str) -> Callable[[list[ClientUpdate]], LowRank]:
     def aggregator(updates: list[ClientUpdate]) -> LowRank:
         from chorus.server import aggregation
 
-        rank = max(u.A.shape[-2] for u in updates)
+        rank = largest_rank(updates)
         strategy = (
             aggregation.FedExLoRA(output_rank=rank) if name == "FedExLoRA" else aggregation.FedAvg()
         )
