@@ -697,6 +697,9 @@ FOUND = {
     "an array in a config": lambda: hetlora_agg.adapters.aggregate_state_dicts(
         [state_dict()], [{"r": np.ones(3), "lora_alpha": 4}]
     ),
+    "a number that compares as arrays do": lambda: hetlora_agg.adapters.aggregate_state_dicts(
+        [state_dict()], [{"r": 2, "lora_alpha": 4, "q": np.float64("nan")}]
+    ),
     "a config without end": lambda: hetlora_agg.adapters.aggregate_state_dicts(
         [state_dict()], [{"r": 2, "lora_alpha": 4, "target_modules": garbage.deep()}]
     ),

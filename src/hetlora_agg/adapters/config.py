@@ -93,7 +93,7 @@ def read_config(given: Any, where: str) -> dict[str, Any]:
     odd = sorted(
         name
         for name, value in config.items()
-        if name not in UNDERSTOOD and not (value is None or value is False or value in ({}, [], ""))
+        if name not in UNDERSTOOD and not _says_nothing(value)
     )
     if odd:
         found = ", ".join(f"{name[:100]}={shown(config[name])}" for name in odd[:5])
@@ -168,6 +168,11 @@ def _check_start(start: Any, where: str) -> None:
         f"{where}: init_lora_weights={shown(start)}: expected one of {PLAIN_STARTS}; "
         + (remedy or "what it does to the base weights is not known here")
     )
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether an option is off: None, False or empty; a numpy number compares as arrays do."""
+    return value is None or value is False or (isinstance(value, (dict, list, str)) and not value)
 
 
 def _plain(value: Any) -> Any:

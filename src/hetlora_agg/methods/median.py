@@ -55,7 +55,7 @@ def median(c: Components, *, rank: Rank = None, split: str = "balanced") -> Aggr
 
     Deviations: clients count equally: a weight is a client's own word. A slot that fewer than half
     of the clients own is zero for most, and so is its median. The bases follow the largest
-    updates, an attacker's included, up to a million times the median size: what is larger is
+    updates, an attacker's included, up to 10⁹ times the median size: what is larger is
     shortened to that, or it would take the others' digits.
     """
     c = moderated(c)

@@ -71,7 +71,7 @@ def trimmed_mean(
     Fidelity: PAPER for the rule, OURS for the core's ordered bases.
 
     Deviations: clients count equally: a weight is a client's own word. The bases follow the
-    largest updates, an attacker's included, up to a million times the median size: what is larger
+    largest updates, an attacker's included, up to 10⁹ times the median size: what is larger
     is shortened to that, or it would take the others' digits.
     """
     cut, notes = _share(trim, len(c.ranks)) if f is None else (f, ())

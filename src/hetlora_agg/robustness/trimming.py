@@ -12,7 +12,7 @@ from hetlora_agg.robustness.rules import check_majority
 from hetlora_agg.types import LowRank
 from hetlora_agg.weighting import uniform
 
-MOST = 1e6
+MOST = 1e9
 """How many times the median client's size one may be before it is shortened."""
 
 
@@ -58,9 +58,9 @@ def trimmed_core(c: Components, f: int) -> LowRank:
 
 
 def moderated(c: Components) -> Components:
-    """Updates a million times as large as the median one shortened to that.
+    """Updates a thousand million times as large as the median one shortened to that.
 
-    ``ΔW_k min(1, 10⁶ S̃ / S_k)``, S̃ the upper median of ``S_k = Σ ‖b‖‖a‖``. The bases that all share
+    ``ΔW_k min(1, 10⁹ S̃ / S_k)``, S̃ the upper median of ``S_k = Σ ‖b‖‖a‖``. The bases that all share
     are as long as float64 is: beyond some 10¹² one client would take the others' digits. An
     entry that is left out anyway stays as extreme as it was.
     """
