@@ -25,5 +25,27 @@ def _row(name: str, counts: Mapping[str, Any]) -> list[str]:
     return [name, str(counts["total"]), share, str(counts["total"] - noticed)]
 
 
-TABLES: dict[str, Callable[[], str]] = {"mutants": mutants}
+def seeds() -> str:
+    """Properties, examples, seeds, and which of them failed under which seed."""
+    found = load("seeds")["results"]
+    text = _under_seeds(found)
+    if "again" in found:
+        text += f"\n\nThose that failed, mended, once more: {_under_seeds(found['again'])}"
+    return text
+
+
+def _under_seeds(found: Mapping[str, Any]) -> str:
+    failed = [
+        f"`{name.rpartition('::')[2]}` (seed {seed})"
+        for seed, one in found["seeds"].items()
+        for name in one["failed"]
+    ]
+    return (
+        f"{found['properties']} properties, {found['examples']} examples each, "
+        f"{len(found['seeds'])} seeds, commit {found['commit']}: "
+        + (f"{len(failed)} failed, {', '.join(failed)}." if failed else "none failed.")
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"mutants": mutants, "seeds": seeds}
 """Name in a page's comment -> what stands there."""

@@ -1,4 +1,4 @@
-"""The five ways in, for the same clients: tensors, layers, state dicts, folders, command line.
+"""The six ways in, for the same clients: tensors, layers, streams, state dicts, folders, commands.
 
 Each takes `ClientUpdate`s of one layer, ids ``phone``, ``tablet``, …, brings them into its own
 form, and gives the result's dense matrix; a refusal comes out as the error, of the command line as
@@ -15,14 +15,16 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from hetlora_agg import ClientUpdate, aggregate, aggregate_layers
+from hetlora_agg import METHODS, ClientUpdate, aggregate, aggregate_layers
 from hetlora_agg.adapters import aggregate_adapters, aggregate_state_dicts, read_adapter
 from hetlora_agg.cli import main
+from hetlora_agg.streaming import RunningAggregate
 
 LAYER = "h.0.q"
 KEYS = tuple(f"base_model.model.{LAYER}.lora_{factor}.weight" for factor in "AB")
 NAMES = ("phone", "tablet", "laptop", "watch")
 OUT, IN = 7, 5
+RANKS = (1, 2, 3, 4, 5)
 
 
 class Complaint(Exception):
@@ -66,6 +68,21 @@ def by_layers(sent, tmp_path):
     """`aggregate_layers`."""
     results = aggregate_layers({LAYER: sent.updates}, sent.method, **(sent.options or {}))
     return dense(results[LAYER].total())
+
+
+def by_stream(sent, tmp_path):
+    """`RunningAggregate.add`, one client after the other; a refusal leaves it as it was."""
+    sums = getattr(METHODS.get(sent.method), "sums", None)
+    levels = {"levels": RANKS} if sums == "products" else {}
+    running = RunningAggregate(sent.method, **levels, **(sent.options or {}))
+    for u in sent.updates:
+        before = running.receipts
+        try:
+            running.add(u, id=u.id)
+        except Exception:
+            assert running.receipts == before
+            raise
+    return dense(running.result().total())
 
 
 def by_state_dict(sent, tmp_path):
@@ -144,6 +161,7 @@ def run_command(command):
 DOORS = {
     "tensor": by_tensor,
     "layers": by_layers,
+    "stream": by_stream,
     "state dict": by_state_dict,
     "folder": by_folder,
     "command": by_command,

@@ -21,6 +21,7 @@ from doors import DOORS, NAMES, Complaint, Sent, client, folders_of, memory, run
 from fuzz import files as mutants
 from fuzz import garbage
 from hetlora_agg import (
+    ClientUpdate,
     ConvergenceError,
     HetLoRAError,
     InputTypeError,
@@ -30,6 +31,7 @@ from hetlora_agg import (
     aggregate,
     clients,
 )
+from hetlora_agg.streaming import RunningAggregate
 
 TESTS = Path(__file__).parent
 
@@ -130,11 +132,13 @@ SHAPES = dict.fromkeys(ADAPTERS, ("tablet", r"h\.0\.q", "expected A", "got"))
 FOLDERS = {
     "tensor": Never("it takes no files"),
     "layers": Never("it takes no files"),
+    "stream": Never("its only file is its own checkpoint: streaming/test_checkpoint.py"),
     "state dict": Never("it takes no files"),
 }
 STATE_DICTS = {
     "tensor": Never("it takes one layer's factors, no keys"),
     "layers": Never("it takes pairs of factors by layer, no keys"),
+    "stream": Shown("test_bad_input.py::test_a_stream_says_what_of_a_model_is_wrong"),
 }
 V = "test_validation.py::"
 F = "adapters/test_files.py::"
@@ -162,6 +166,7 @@ ROWS = {
             (),
             dict.fromkeys(("tensor", "layers"), Shown(V + "test_an_exhausted_generator"))
             | {
+                "stream": Never("clients are added one by one"),
                 "state dict": Never("read into a list at once: the empty list"),
                 "folder": Never("read into a list at once: the empty list"),
                 "command": Never("arguments are no generator"),
@@ -207,7 +212,8 @@ ROWS = {
         ),
         "leading dimensions of one client": Case(
             changed(1, A=torch.ones(2, 2, 5), B=torch.ones(2, 7, 2)), InputValueError,
-            ("tablet", "leading dimensions", r"\(7, 5\)", r"\(2, 7, 5\)"), SHAPES,
+            ("tablet", "leading dimensions", r"\(7, 5\)", r"\(2, 7, 5\)"),
+            SHAPES | {"stream": ("tablet", r"= \(7, 5\)", r"got \(2, 7, 5\)")},
         ),
         "rows are not columns": Case(
             changed(1, A=torch.ones(3, 5)), InputValueError,
@@ -225,7 +231,8 @@ ROWS = {
             changed(1, B=torch.ones(8, 2)), InputValueError,
             ("tablet", r"\(7, 5\) as the others have", r"\(8, 5\)"),
             dict.fromkeys(ADAPTERS,
-                          ("tablet", r"as the others have, got", "share its base model")),
+                          ("tablet", r"as the others have, got", "share its base model"))
+            | {"stream": ("tablet", "as the others have", r"got \(8, 5\)", "must have its size")},
         ),
         "empty": Case(
             changed(1, A=torch.ones(0, 5), B=torch.ones(7, 0)), InputValueError,
@@ -308,12 +315,13 @@ ROWS = {
         "nested": Case(
             lambda: Sent([]), InputTypeError, (),
             dict.fromkeys(("tensor", "layers"), Shown(V + "test_kinds_of_tensors_that_are_refused"))
-            | {"state dict": Shown("test_fuzz.py::test_a_spoiled_state_dict")}
+            | {"state dict": Shown("test_fuzz.py::test_a_spoiled_state_dict"),
+               "stream": Shown("test_bad_input.py::test_a_nested_tensor_is_not_added")}
             | dict.fromkeys(("folder", "command"), IN_FILES),
         ),
         "two devices": Case(
             lambda: Sent([]), InputValueError, (),
-            dict.fromkeys(("tensor", "layers", "state dict"),
+            dict.fromkeys(("tensor", "layers", "stream", "state dict"),
                           Never("needs a second device with data; meta is refused before"))
             | dict.fromkeys(("folder", "command"), Never("files are read to one device")),
         ),
@@ -333,6 +341,7 @@ ROWS = {
         "a missing layer": Case(lambda: Sent([]), InputValueError, (), {
             "tensor": Never("it takes one layer"),
             "layers": Shown("test_layers.py::test_a_missing_layer_is_an_error_by_default"),
+            "stream": Shown("test_bad_input.py::test_a_stream_says_what_of_a_model_is_wrong"),
             "state dict": Shown("adapters/test_state_dicts.py::"
                                 "test_a_client_may_lack_layers"),
             "folder": Shown(F + "test_a_spoiled_folder_is_named_with_what_is_wrong"),
@@ -374,6 +383,7 @@ ROWS = {
         "memory": Case(
             asked(memory_limit=1000), MemoryLimitError,
             ("memory_limit=", "need", "raise the limit"),
+            {"stream": Shown("streaming/test_schedules.py::test_memory_limits")},
         ),
     },
     "names": {
@@ -395,6 +405,7 @@ ROWS = {
         ),
         "trimming": Case(
             asked("trimmed_mean", trim=0.5), InputValueError, ("trim=", r"got 0\.5"),
+            {"stream": Never("it looks at all clients at once, which a stream refuses")},
         ),
     },
 }  # fmt: skip
@@ -750,3 +761,31 @@ def test_a_saved_module_keeps_its_name_beside_unnamed_factors():
     sent = {**state_dict(), "base_model.model.score.modules_to_save.mine.weight": torch.ones(3)}
     outcome = hetlora_agg.adapters.aggregate_state_dicts([sent], scalings=[1.0])
     assert list(outcome.state_dict()) == list(sent)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_not_added():
+    running = RunningAggregate("flexlora")
+    nested = torch.nested.nested_tensor([torch.ones(5), torch.ones(5)])
+    with pytest.raises(InputTypeError, match="lora_A: expected a dense tensor with data"):
+        running.add(ClientUpdate(nested, torch.ones(7, 2)), id="phone")
+    assert not running.receipts
+
+
+def test_a_stream_says_what_of_a_model_is_wrong():
+    running = RunningAggregate("flexlora")
+    sound = {"q": three()[0], "v": three()[1]}
+    running.add(sound, id="phone")
+    with pytest.raises(InputValueError, match=r"client 'tablet' lacks layer 'v'.*missing="):
+        running.add({"q": three()[0]}, id="tablet")
+    alone = {mutants.KEYS[0]: torch.ones(2, 5)}
+    with pytest.raises(InputValueError, match=r"lora_B|without"):
+        running.add(alone, id="tablet", scaling=1.0)
+    dora = {
+        **state_dict(),
+        mutants.KEYS[0].replace("lora_A", "lora_magnitude_vector"): torch.ones(7),
+    }
+    with pytest.raises(HetLoRAError):
+        running.add(dora, id="tablet", scaling=1.0)
+    assert list(running.receipts) == ["phone"]
+    assert running.result()["q"].rank == 2
