@@ -6,6 +6,9 @@
 import dataclasses
 import io
 import os
+import resource
+import subprocess
+import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from inspect import isfunction
@@ -379,3 +382,27 @@ def test_how_many_examples(capsys):
         if EXAMPLES:
             properties = len(CALLS) + 6
             print(f"\nfuzz: {properties} properties, up to {EXAMPLES} examples each")
+
+
+MOST = 3 * 2**30
+"""Bytes of address space; torch and what the tests import map about a third of it."""
+
+
+def test_no_input_makes_it_allocate():
+    # In a process of its own that has no more: what asks for more is a foreign MemoryError there.
+    def limited():
+        resource.setrlimit(resource.RLIMIT_AS, (MOST, MOST))
+
+    here = Path(__file__)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-p", "no:cov", str(here), "-k", "mutant or spoiled or nobody_expects"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=here.parent.parent,
+        env={**os.environ, "FUZZ_EXAMPLES": "30", "OMP_NUM_THREADS": "1"},
+        preexec_fn=limited,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
