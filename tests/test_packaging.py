@@ -7,7 +7,6 @@ import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
-from statistics import median
 
 import pytest
 
@@ -119,8 +118,9 @@ def seconds_beyond_torch():
 
 
 def test_importing_is_quick():
-    # Torch and numpy come first, so that the package's own total has neither.
-    assert median(seconds_beyond_torch() for _ in range(3)) <= MOST_SECONDS
+    # Torch and numpy come first, so that the package's own total has neither. The least of five:
+    # whatever else the machine does only adds.
+    assert min(seconds_beyond_torch() for _ in range(5)) <= MOST_SECONDS
 
 
 def test_importing_loads_no_extra():
