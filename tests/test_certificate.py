@@ -74,12 +74,31 @@ def test_tail_and_bounds_hold_for_opposite_B_and_shared_A(off_B, off_A, driver, 
 
 @every_driver
 def test_rounding_is_not_a_blank_cheque(driver, dtype):
-    # no more than twice the gate of every result and eight roundings, ε for each; twice, because
-    # LAPACK's own SVD of a graded 4x4 has been seen to err by 12.3 max(m, n) ε, over the gate's 10
+    # no more than the gate of every result and eight roundings, ε for each
     easy = problem([unrelated], 1, (20, 8, 16), (3,), 8, dtype)
     known = numbers(solve(easy, driver).certificate)
     gate = [recompressed_gate(dtype, 20, 16, float(size)) for size in easy.truth[2]]
-    assert (known["rounding"] <= 2 * np.array(gate) + 8 * eps(dtype) * known["norm"]).all()
+    assert (known["rounding"] <= np.array(gate) + 8 * eps(dtype) * known["norm"]).all()
+
+
+@pytest.mark.parametrize("driver", ["qr", "dense"])
+def test_where_lapack_stops_iterating_is_in_the_bound(driver):
+    # columns of 1e-71 to 1e-82: the SVD of its 4x4 core is off by 49 ε of the norm, more than the
+    # 10 max(out, in) of larger layers
+    B = [
+        [-1.3237e-78, 2.7897e-82, -8.8386e-80, 3.0916e-71],
+        [3.6666e-78, 1.1711e-80, -6.27e-80, -7.8826e-71],
+        [-7.8933e-79, -1.4273e-80, -4.9136e-80, 2.8955e-71],
+        [1.882e-77, 8.2292e-81, -3.2719e-80, 4.4635e-71],
+    ]
+    A = [
+        [-1.5958e-71, -1.7063e-71, -5.1315e-71, -8.2589e-71],
+        [-6.6896e-71, 7.2113e-71, -1.5237e-71, 9.6181e-72],
+        [-5.3232e-72, -2.1147e-71, 5.0173e-71, -8.3708e-71],
+        [1.7921e-71, 2.283e-71, -1.2816e-71, -9.4833e-71],
+    ]
+    B, A = (torch.tensor(X, dtype=F64) for X in (B, A))
+    assert_certified(Problem(B, A, 4), driver)
 
 
 # --- counts and ratios --------------------------------------------------------------------------

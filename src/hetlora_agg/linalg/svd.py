@@ -34,6 +34,10 @@ PAD_TO: Mapping[str, int] = {"cuda": 16}
 """By device, what R is padded to a multiple of for the Gram driver: matrix units like whole tiles.
 A pair of zeros is left out there of everything but the shape."""
 
+LAPACK_STOPS = 50
+"""ε of the norm that an SVD may be off whatever its size: LAPACK's iteration for singular values
+stops at ``eps**(-1/8)`` = 98.7 roundings, ε/2 each, and small matrices do reach that."""
+
 
 @dataclass(frozen=True, eq=False)
 class SVD:
@@ -220,8 +224,8 @@ def _finished(
         Vh_out.masked_fill_(dead.mT, 0.0)
     # Eight more: casts of both vectors and of S, and a split of S into the factors.
     unit = torch.finfo(U_out.dtype).eps / 2
-    # LAPACK's SVDs promise 50; on small graded matrices they have been seen to need 13.
-    rounding = (8 + roundings) * unit * norm + 20 * noise_share * size / pivot + cut
+    summed = 10 * noise_share + LAPACK_STOPS * torch.finfo(torch.float64).eps
+    rounding = (8 + roundings) * unit * norm + summed * size / pivot + cut
     if rank < spectrum:
         # Of a sum of squares: a large tail hardly notices, one of zero has its square root.
         blur = square_error / torch.maximum(tail, square_error.sqrt())
