@@ -107,20 +107,18 @@ def test_the_command_is_entered(wheel):
 
 
 def seconds_beyond_torch():
-    """Time of importing the package less that of torch and numpy, all in one fresh process."""
-    code = "import numpy, torch, hetlora_agg"
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True
+    """Processor time of importing the package where numpy and torch are there, in a new process."""
+    code = (
+        "import numpy, time, torch; began = time.process_time(); "
+        "import hetlora_agg; print(time.process_time() - began)"
     )
-    lines = re.findall(r"import time: +\d+ \| +(\d+) \| (\S+)$", done.stderr, re.M)
-    assert {"numpy", "torch", "hetlora_agg"} <= {name for _, name in lines}
-    return next(int(total) for total, name in lines if name == "hetlora_agg") / 1e6
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 def test_importing_is_quick():
-    # Torch and numpy come first, so that the package's own total has neither. The least of five:
-    # whatever else the machine does only adds.
-    assert min(seconds_beyond_torch() for _ in range(5)) <= MOST_SECONDS
+    # Processor time, since other work on the machine adds to any other; the least of three.
+    assert min(seconds_beyond_torch() for _ in range(3)) <= MOST_SECONDS
 
 
 def test_importing_loads_no_extra():
