@@ -13,6 +13,7 @@ from hetlora_agg.simulate.data import dirichlet_split as dirichlet_split
 from hetlora_agg.simulate.data import load_digits as load_digits
 from hetlora_agg.simulate.federation import Federation as Federation
 from hetlora_agg.simulate.federation import build_federation as build_federation
+from hetlora_agg.simulate.federation import draw_cohorts as draw_cohorts
 from hetlora_agg.simulate.loop import run as run
 from hetlora_agg.simulate.report import record_of as record_of
 from hetlora_agg.simulate.report import table_of as table_of
@@ -29,3 +30,4 @@ from hetlora_agg.simulate.theory import StrongAndWeak as StrongAndWeak
 from hetlora_agg.simulate.theory import collapse_in_training as collapse_in_training
 from hetlora_agg.simulate.theory import dilution_and_rescue as dilution_and_rescue
 from hetlora_agg.simulate.theory import idle_recursion as idle_recursion
+from hetlora_agg.simulate.traffic import Costs as Costs

@@ -11,7 +11,7 @@ import torch
 
 from hetlora_agg import AggregationResult, draw_midzuno
 from hetlora_agg.simulate.data import Examples, dirichlet_split, load_digits, split_digits
-from hetlora_agg.simulate.network import Network, pretrain
+from hetlora_agg.simulate.network import Forward, Network, forward, pretrain
 from hetlora_agg.simulate.result import Settings
 
 Results = Mapping[str, AggregationResult]
@@ -40,10 +40,11 @@ class Federation:
 
     Attributes:
         settings: ranks, rounds, seed and so on.
-        network: the pre-trained base.
+        network: the layers of the pre-trained base that take adapters.
         clients: one set of examples per client.
         test: examples no client and no pre-training has seen.
         cohorts: the participating clients of every round.
+        forward: of the network that the layers belong to.
     """
 
     settings: Settings
@@ -51,6 +52,7 @@ class Federation:
     clients: tuple[Examples, ...]
     test: Examples
     cohorts: tuple[tuple[int, ...], ...]
+    forward: Forward = forward
 
     @property
     def somebody_misses(self) -> bool:
@@ -88,7 +90,7 @@ def build_federation(settings: Settings) -> Federation:
         pretrain(split.pretrain, stream(settings.seed, Stream.PRETRAIN)),
         tuple(split.federated.take(mine) for mine in rows),
         split.test,
-        _cohorts(settings, [len(mine) for mine in rows]),
+        draw_cohorts(settings, [len(mine) for mine in rows]),
     )
 
 
@@ -98,8 +100,13 @@ def stream(seed: int, purpose: Stream, *path: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def _cohorts(settings: Settings, sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """The participating clients of every round: given, or drawn in the settings' share."""
+def draw_cohorts(settings: Settings, sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The participating clients of every round: given, or drawn in the settings' share.
+
+    Args:
+        settings: participation, sampling, rounds and seed.
+        sizes: examples of each client.
+    """
     if settings.cohorts is not None:
         return settings.cohorts
     clients = len(settings.ranks)

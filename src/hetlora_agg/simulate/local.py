@@ -10,7 +10,14 @@ from torch import Tensor
 
 from hetlora_agg import LowRank
 from hetlora_agg.simulate.data import Examples
-from hetlora_agg.simulate.network import LoRALinear, Network, Training, fit
+from hetlora_agg.simulate.network import (
+    Forward,
+    LoRALinear,
+    Network,
+    Training,
+    fit,
+    forward,
+)
 
 Adapter = Mapping[str, LowRank]
 """By layer, lora_A `(rank, in_features)` and lora_B `(out_features, rank)`."""
@@ -73,6 +80,7 @@ def train_adapter(
     training: Training,
     generator: torch.Generator,
     rules: Rules | None = None,
+    forward: Forward = forward,
 ) -> dict[str, LowRank]:
     """The adapter after one client's local training on `examples`; `start` is left as it was.
 
@@ -82,6 +90,7 @@ def train_adapter(
         training: epochs, learning rate, batch size.
         generator: draws the order of the examples.
         rules: what trains and what else the client minds; None trains both factors plainly.
+        forward: of the network that the layers belong to.
     """
     rules = rules or Rules()
     leaves = {name: LowRank(own.A.clone(), own.B.clone()) for name, own in start.adapter.items()}
@@ -102,6 +111,7 @@ def train_adapter(
         examples,
         training,
         generator,
+        forward=forward,
         penalty=None if penalty is None else lambda: penalty(leaves),
         before_step=None if steer is None else lambda: _steer(leaves, steer),
     )

@@ -21,6 +21,7 @@ from hetlora_agg.simulate.measures import Measures, initialisation_noise, measur
 from hetlora_agg.simulate.network import Training, accuracy, fold, layer_ranks
 from hetlora_agg.simulate.result import SimulationResult
 from hetlora_agg.simulate.sides import SIDES, Slice
+from hetlora_agg.simulate.traffic import Costs
 
 Method = str | Callable[..., AggregationResult]
 Progress = Callable[[str, int, float], None]
@@ -37,6 +38,7 @@ class Round:
         results: what the method made of it, by layer.
         measures: what is to be said about it.
         server: the global model after it.
+        costs: bytes and the server's time.
     """
 
     starts: Sequence[Start]
@@ -44,6 +46,7 @@ class Round:
     results: Results
     measures: Measures
     server: Server
+    costs: Costs
 
 
 def run(
@@ -53,24 +56,34 @@ def run(
     label: str | None = None,
     attack: Attack | None = None,
     progress: Progress | None = None,
+    sides: Mapping[str, type[Slice]] = SIDES,
     **options: Any,
 ) -> SimulationResult:
-    """All rounds of one method in a federation that is ready; see `simulate`."""
+    """All rounds of one method in a federation that is ready; see `simulate`.
+
+    Args:
+        federation: from `build_federation`, or put together from a network of one's own.
+        method: a name in `METHODS` or a function of `Components`.
+        label: what the result calls it; None is its name.
+        attack: what attackers send in place of what they trained.
+        progress: called after every round as `progress(label, round, accuracy)`.
+        sides: the client side for every name in `CLIENTS`, where clients are to do something else.
+        **options: for `aggregate_layers` and the method.
+    """
     entry = resolve(method)
     label = label or entry.name
-    side = SIDES[entry.client](federation, entry)
+    side = sides[entry.client](federation, entry)
     server = Server(federation.network, federation.network)
-    scores = [accuracy(server.whole, federation.test)]
-    measures: list[Measures] = []
+    scores = [accuracy(server.whole, federation.test, federation.forward)]
+    rows: list[dict[str, Any]] = []
     began = time.perf_counter()
     for number, cohort in enumerate(federation.cohorts, start=1):
         played = play(side, server, cohort, number, options, attack)
         server = played.server
-        measures.append(played.measures)
-        scores.append(accuracy(server.whole, federation.test))
+        rows.append(asdict(played.measures) | asdict(played.costs))
+        scores.append(accuracy(server.whole, federation.test, federation.forward))
         if progress is not None:
             progress(label, number, scores[-1])
-    rows = [asdict(row) for row in measures]
     columns: dict[str, Any] = {name: tuple(row[name] for row in rows) for name in rows[0]}
     return SimulationResult(
         label,
@@ -102,6 +115,11 @@ def play(
     """
     federation, entry = side.federation, side.entry
     starts = side.starts(server, cohort, number)
+    # Before training: clients remember what they train.
+    down = sum(
+        side.bytes_down(client, start, server, number)
+        for client, start in zip(cohort, starts, strict=True)
+    )
     weights = [len(federation.clients[client]) for client in cohort]
     noise = initialisation_noise(starts, weights, server.whole, federation.network)
     updates: Mapping[str, Sequence[ClientUpdate]] = local_updates(side, starts, cohort, number)
@@ -110,12 +128,16 @@ def play(
         updates = attack(updates, federation, generator, number)
     options = dict(options or {})
     known = supplied(side, server, cohort, number, options) | options
+    began = time.perf_counter()
     results = aggregate_layers(updates, entry.run, **known)
+    seconds = time.perf_counter() - began
     totals = {name: result.total() for name, result in results.items()}
     changes = side.changes(updates, starts, number)
     measures = measure(changes, results, min(federation.settings.ranks), noise)
+    up = sum(side.bytes_up(client, own, number) for client, own in by_client(updates).items())
     after = side.absorb(server, results, fold(server.network, totals))
-    return Round(starts, updates, results, measures, after)
+    side.ledger.close(number, cohort, results, after)
+    return Round(starts, updates, results, measures, after, Costs(up, down, seconds))
 
 
 def local_updates(
@@ -132,10 +154,22 @@ def local_updates(
             training,
             federation.generator(Stream.TRAIN, number - 1, client),
             side.rules(client, start, number),
+            federation.forward,
         )
         for name, update in side.send(client, start, trained, number).items():
             updates[name].append(update)
     return updates
+
+
+def by_client(
+    updates: Mapping[str, Sequence[ClientUpdate]],
+) -> dict[Any, dict[str, ClientUpdate]]:
+    """The updates by id, then by layer."""
+    sent: dict[Any, dict[str, ClientUpdate]] = {}
+    for name, own in updates.items():
+        for update in own:
+            sent.setdefault(update.id, {})[name] = update
+    return sent
 
 
 def supplied(

@@ -43,7 +43,7 @@ class Linear:
     bias: Tensor
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """`(examples, in_features)` to `(examples, out_features)`."""
+        """`(*, in_features)` to `(*, out_features)`."""
         return F.linear(inputs, self.weight, self.bias)
 
     def fold(self, update: LowRank) -> Linear:
@@ -68,12 +68,17 @@ class LoRALinear:
     scaling: float
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """`(examples, in_features)` to `(examples, out_features)`."""
+        """`(*, in_features)` to `(*, out_features)`."""
         return self.base(inputs) + self.scaling * (inputs @ self.lora_A.T @ self.lora_B.T)
 
 
 Network = Mapping[str, Linear]
-"""Layers by name, first to last, with a ReLU between them."""
+"""The layers that take adapters, by name. In the simulator's own network these are all there are,
+first to last, with a ReLU between them."""
+
+Forward = Callable[[Mapping[str, Callable[[Tensor], Tensor]], Tensor], Tensor]
+"""Layers by name and a batch of inputs to logits `(examples, classes)`; what else a network has
+belongs to the function."""
 
 
 def forward(layers: Mapping[str, Callable[[Tensor], Tensor]], inputs: Tensor) -> Tensor:
@@ -84,7 +89,7 @@ def forward(layers: Mapping[str, Callable[[Tensor], Tensor]], inputs: Tensor) ->
     return last(inputs)
 
 
-def accuracy(network: Network, examples: Examples) -> float:
+def accuracy(network: Network, examples: Examples, forward: Forward = forward) -> float:
     """Share of `examples` that the network labels correctly."""
     with torch.no_grad():
         hits = forward(network, examples.inputs).argmax(dim=-1) == examples.labels
@@ -137,6 +142,7 @@ def fit(
     training: Training,
     generator: torch.Generator,
     *,
+    forward: Forward = forward,
     penalty: Callable[[], Tensor] | None = None,
     before_step: Callable[[], None] | None = None,
 ) -> None:
@@ -148,6 +154,7 @@ def fit(
         examples: what it is trained on.
         training: epochs, learning rate, batch size.
         generator: draws the order of the examples.
+        forward: of the network that the layers belong to.
         penalty: a scalar that is added to every batch's loss.
         before_step: called when the gradients are there and before the optimiser takes them.
     """

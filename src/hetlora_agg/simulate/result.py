@@ -91,7 +91,8 @@ class Settings:
 
 @dataclass(frozen=True, repr=False)
 class SimulationResult:
-    """What one method did over the rounds; two results compare equal whatever their `seconds`.
+    """What one method did over the rounds; two results compare equal whatever their `seconds` and
+    `server_seconds`.
 
     Attributes:
         method: the method's name or label.
@@ -110,6 +111,9 @@ class SimulationResult:
         participants: per round, the clients that took part.
         seconds: wall time of the whole run.
         skipped: why the method could not take these clients; None when it ran.
+        bytes_up: per round, what the cohort sent; see `Costs`.
+        bytes_down: per round, what the cohort needed to start.
+        server_seconds: per round, wall time of the aggregation.
     """
 
     method: str
@@ -123,19 +127,22 @@ class SimulationResult:
     participants: tuple[tuple[int, ...], ...] = ()
     seconds: float = field(default=0.0, compare=False)
     skipped: str | None = None
+    bytes_up: tuple[int, ...] = ()
+    bytes_down: tuple[int, ...] = ()
+    server_seconds: tuple[float, ...] = field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, ready for JSON."""
         return asdict(self)
 
     def summary(self) -> str:
-        """A line per round: accuracy, noises, energies, effective rank, participants."""
+        """A line per round: accuracy, noises, energies, effective rank, costs, participants."""
         if self.skipped is not None:
             return repr(self)
         lines = [
             repr(self),
             "round  accuracy  aggregation noise  initialisation noise  energy kept  energy ratio  "
-            "effective rank  participants",
+            "effective rank  bytes up  bytes down  server seconds  participants",
             f"{0:5d}  {self.accuracy[0]:8.3f}",
         ]
         for i, clients in enumerate(self.participants):
@@ -143,6 +150,7 @@ class SimulationResult:
                 f"{i + 1:5d}  {self.accuracy[i + 1]:8.3f}  {self.aggregation_noise[i]:17.1e}  "
                 f"{self.initialisation_noise[i]:20.1e}  {self.energy_kept[i]:11.3f}  "
                 f"{self.energy_ratio[i]:12.3f}  {self.effective_rank[i]:14.2f}  "
+                f"{self.bytes_up[i]:8d}  {self.bytes_down[i]:10d}  {self.server_seconds[i]:14.4f}  "
                 f"{' '.join(map(str, clients))}"
             )
         return "\n".join(lines)

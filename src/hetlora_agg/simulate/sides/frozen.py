@@ -9,6 +9,7 @@ from hetlora_agg.simulate.federation import Federation, Results, Server
 from hetlora_agg.simulate.local import FACTORS, Adapter, Rules, Start
 from hetlora_agg.simulate.network import Network
 from hetlora_agg.simulate.sides.slice import Slice
+from hetlora_agg.simulate.traffic import bytes_of
 
 
 class TrainB(Slice):
@@ -36,6 +37,10 @@ class TrainB(Slice):
         """B alone trains."""
         return Rules(factors=("B",))
 
+    def exchanged(self, number: int) -> tuple[str, ...]:
+        """B alone."""
+        return ("B",)
+
     def absorb(self, server: Server, results: Results, whole: Network) -> Server:
         """B goes to the clients, who have the A that belongs to it."""
         return self.keep(server, results, whole)
@@ -46,8 +51,19 @@ class Alternate(Slice):
 
     def rules(self, client: int, start: Start, number: int) -> Rules:
         """All but the factor that takes no scaling."""
+        return Rules(factors=self.exchanged(number))
+
+    def exchanged(self, number: int) -> tuple[str, ...]:
+        """What is trained in the round."""
         frozen = self.entry.unscaled_factor({"round": number})
-        return Rules(factors=tuple(factor for factor in FACTORS if factor != frozen))
+        return tuple(factor for factor in FACTORS if factor != frozen)
+
+    def bytes_down(self, client: int, start: Start, server: Server, number: int) -> int:
+        """What the last round trained; both factors for a client that missed it."""
+        known = self.ledger.last.get(client) == number - 1
+        factors = self.exchanged(number - 1) if known else FACTORS
+        adapter = 0 if server.results is None else bytes_of(start.adapter, factors)
+        return adapter + self.ledger.caught_up(client)
 
     def absorb(self, server: Server, results: Results, whole: Network) -> Server:
         """Both factors go to the clients: the frozen one is what they have."""
@@ -83,6 +99,16 @@ class KeepB(Slice):
         """Both factors; B stays with the client as well."""
         self.own[client] = trained
         return super().send(client, start, trained, number)
+
+    def exchanged(self, number: int) -> tuple[str, ...]:
+        """A alone."""
+        return ("A",)
+
+    def bytes_down(self, client: int, start: Start, server: Server, number: int) -> int:
+        """A; both factors for a client that joins."""
+        if server.results is None or client in self.own:
+            return super().bytes_down(client, start, server, number)
+        return bytes_of(start.adapter)
 
     def absorb(self, server: Server, results: Results, whole: Network) -> Server:
         """A goes to the clients; the mean B is there for those that join and for the test."""

@@ -14,6 +14,7 @@ from hetlora_agg.simulate.federation import Federation, Results, Server, Stream
 from hetlora_agg.simulate.local import Adapter, Rules, Start, only
 from hetlora_agg.simulate.network import Network, fold, layer_ranks
 from hetlora_agg.simulate.sides.slice import Slice
+from hetlora_agg.simulate.traffic import bytes_of
 
 # Bits per entry of an upload: on average, and what a component may get.
 MEAN_BITS = 8
@@ -70,6 +71,10 @@ class Select(Slice):
             scaling,
             {name: own.slots for name, own in chosen.items()},
         )
+
+    def bytes_down(self, client: int, start: Start, server: Server, number: int) -> int:
+        """All slots: those that the client trains and those that its base takes."""
+        return 0 if server.results is None else bytes_of(self.current(server))
 
     def options(self, server: Server, cohort: Sequence[int], number: int) -> dict[str, Any]:
         """Last round's slots, always: what nobody trains stays, from the first round on."""
@@ -141,6 +146,10 @@ class Freeze(Select):
         }
         sent = {name: upload.dequantise() for name, upload in self.uploads[client].items()}
         return self.updates(client, start.scaling, sent, slots)
+
+    def bytes_up(self, client: int, sent: Mapping[str, ClientUpdate], number: int) -> int:
+        """The integers, and what restores them."""
+        return sum(upload.payload_bytes for upload in self.uploads[client].values())
 
 
 def trained_slots(start: Start) -> Mapping[str, tuple[int, ...]]:

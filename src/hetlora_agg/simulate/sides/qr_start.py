@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from hetlora_agg.simulate.federation import Federation, Results, Server
 from hetlora_agg.simulate.local import Adapter, Rules, Start
 from hetlora_agg.simulate.network import Linear, Network, Training
 from hetlora_agg.simulate.sides.slice import Slice, Updates
+from hetlora_agg.simulate.traffic import bytes_of
 
 
 class QRStart(Slice):
@@ -122,6 +123,15 @@ class QRStart(Slice):
             self.moved[name].append(_sum(after[name], _times(-1, before[name])))
         self.own[client] = after
         return super().send(client, start, trained, number)
+
+    def bytes_up(self, client: int, sent: Mapping[str, ClientUpdate], number: int) -> int:
+        """The factors, and what the client's variate moved by: as many numbers."""
+        return super().bytes_up(client, sent, number) + bytes_of(self.own[client])
+
+    def bytes_down(self, client: int, start: Start, server: Server, number: int) -> int:
+        """The adapter, and the server's variate at the client's rank; in round 1 it is zero."""
+        variate = 0 if server.results is None else bytes_of(self.variates(client))
+        return super().bytes_down(client, start, server, number) + variate
 
     def absorb(self, server: Server, results: Results, whole: Network) -> Server:
         """The factors go to the clients; the server's variate moves with theirs."""

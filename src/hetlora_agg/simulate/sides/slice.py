@@ -7,8 +7,9 @@ from typing import Any
 
 from hetlora_agg import ClientUpdate, InputValueError, LowRank, MethodEntry, distribute
 from hetlora_agg.simulate.federation import Federation, Results, Server, Stream
-from hetlora_agg.simulate.local import Adapter, Rules, Slots, Start
+from hetlora_agg.simulate.local import FACTORS, Adapter, Rules, Slots, Start
 from hetlora_agg.simulate.network import Network, fold, fresh_adapter, layer_ranks
+from hetlora_agg.simulate.traffic import Ledger, bytes_of
 
 Updates = Mapping[str, Sequence[ClientUpdate]]
 
@@ -22,11 +23,13 @@ class Slice:
     Attributes:
         federation: the clients and what they share.
         entry: the method.
+        ledger: who took part when, and what of the base they lack.
     """
 
     def __init__(self, federation: Federation, entry: MethodEntry) -> None:
         self.federation = federation
         self.entry = entry
+        self.ledger = Ledger(federation.network, len(federation.clients))
 
     def ranks(self, client: int) -> dict[str, int]:
         """The rank at which the client takes part, by layer."""
@@ -101,6 +104,19 @@ class Slice:
             )
             for name, own in sent.items()
         }
+
+    def exchanged(self, number: int) -> tuple[str, ...]:
+        """The factors that travel in a round: those that others do not know already."""
+        return FACTORS
+
+    def bytes_up(self, client: int, sent: Mapping[str, ClientUpdate], number: int) -> int:
+        """What the client's upload takes."""
+        return bytes_of(sent, self.exchanged(number))
+
+    def bytes_down(self, client: int, start: Start, server: Server, number: int) -> int:
+        """What the client needs to start from: its adapter, and what its base lacks."""
+        adapter = 0 if server.results is None else bytes_of(start.adapter, self.exchanged(number))
+        return adapter + self.ledger.caught_up(client)
 
     def changes(self, updates: Updates, starts: Sequence[Start], number: int) -> Updates:
         """The updates as changes of the base that the global update is added to."""

@@ -1,0 +1,153 @@
+"""What the study found so far: ``python -m benchmarks.study.results`` prints it as tables.
+
+``--quick`` reads what ``runs --quick`` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import markdown
+from benchmarks.study.plan import Configuration
+from benchmarks.study.runs import PLANS, QUICK, STUDY, load
+from benchmarks.study.statistics import (
+    Interval,
+    accuracy_at,
+    accuracy_last,
+    bootstrap_interval,
+    holm,
+    paired_interval,
+    paired_p_value,
+)
+
+Record = Mapping[str, Any]
+Metric = Callable[[Record], float]
+Table = dict[str, dict[int, Record]]
+"""Label -> seed -> record, of what ran."""
+
+BASELINES = ("zeropad", "flexlora")
+"""What every method is compared with."""
+
+METRICS: Mapping[str, Metric] = {
+    "accuracy": accuracy_last,
+    "after round 1": partial(accuracy_at, number=1),
+    "after round 3": partial(accuracy_at, number=3),
+}
+"""What methods are compared by."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against a baseline, on the seeds that both have.
+
+    Attributes:
+        seeds: how many.
+        difference: of the method's metric, interval of the mean.
+        p: of the paired permutation test, adjusted for the methods of the table.
+    """
+
+    seeds: int
+    difference: Interval
+    p: float
+
+
+def table_of(plan: Iterable[Configuration], folder: Path = STUDY, **wanted: str) -> Table:
+    """The records of the configurations with these attributes, such as `group="main"`.
+
+    Runs that were skipped are left out, and labels that have none left.
+    """
+    found: Table = {}
+    for c in plan:
+        if all(getattr(c, name) == value for name, value in wanted.items()):
+            records = load(c, folder)
+            ran: dict[int, Record] = {
+                seed: r for seed, r in sorted(records.items()) if "skipped" not in r
+            }
+            if ran:
+                found[c.label] = ran
+    return found
+
+
+def compare(table: Table, baseline: str, metric: Metric = accuracy_last) -> dict[str, Comparison]:
+    """Every other label against the baseline, pair by pair of equal seeds."""
+    theirs = table.get(baseline, {})
+    pairs = {
+        label: ([metric(own[s]) for s in both], [metric(theirs[s]) for s in both])
+        for label, own in table.items()
+        if label != baseline and (both := sorted(own.keys() & theirs.keys()))
+    }
+    p = holm({label: paired_p_value(*pair) for label, pair in pairs.items()})
+    return {
+        label: Comparison(len(pair[0]), paired_interval(*pair), p[label])
+        for label, pair in pairs.items()
+    }
+
+
+def summary(table: Table) -> str:
+    """A line per label, best first: metrics, differences to the baselines, noises, bytes, time."""
+    against = {name: compare(table, name) for name in BASELINES}
+    head = ["method", "seeds", *METRICS, *(f"− {name}" for name in BASELINES)]
+    head += ["aggregation noise", "initialisation noise", "energy ratio", "MB up", "MB down"]
+    rows = [
+        [
+            label,
+            str(len(own)),
+            *(_metric(metric, own.values()) for metric in METRICS.values()),
+            *(_difference(against[name].get(label)) for name in BASELINES),
+            *(f"{_mean(own, name, statistics.fmean):.2g}" for name in NOISES),
+            f"{_mean(own, 'energy_ratio', lambda rounds: rounds[-1]):.2f}",
+            *(f"{_mean(own, name, float) / 1e6:.2f}" for name in ("bytes_up", "bytes_down")),
+            f"{1e3 * _mean(own, 'server_seconds', float):.1f}",
+        ]
+        for label, own in sorted(
+            table.items(), key=lambda item: -statistics.fmean(map(accuracy_last, item[1].values()))
+        )
+    ]
+    return markdown([*head, "server ms"], rows)
+
+
+NOISES = ("aggregation_noise", "initialisation_noise")
+
+
+def _mean(own: Mapping[int, Record], name: str, reduce: Callable[[Any], float]) -> float:
+    return statistics.fmean(reduce(record[name]) for record in own.values())
+
+
+def _metric(metric: Metric, records: Iterable[Record]) -> str:
+    values = [metric(record) for record in records]
+    return _interval(bootstrap_interval(values), "", len(values))
+
+
+def _difference(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return "–"
+    text = _interval(comparison.difference, "+", comparison.seeds)
+    return f"{text} p={comparison.p:.2g}" if comparison.seeds > 1 else text
+
+
+def _interval(x: Interval, sign: str, seeds: int) -> str:
+    """One seed has no interval."""
+    ends = f" ({x.low:{sign}.3f} to {x.high:{sign}.3f})" if seeds > 1 else ""
+    return f"{x.mean:{sign}.3f}{ends}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a table for every data set, group and case that has records."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study.results", description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args(arguments).quick
+    plan, folder = (PLANS["quick"](), QUICK) if quick else (PLANS["full"](), STUDY)
+    for key in dict.fromkeys((c.setting, c.data, c.group, c.case) for c in plan):
+        wanted = dict(zip(("setting", "data", "group", "case"), key, strict=True))
+        if table := table_of(plan, folder, **wanted):
+            print(f"## {', '.join(part for part in key if part)}\n\n{summary(table)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Methods compared over seeds: paired bootstrap intervals, paired permutation tests."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 10_000
+ENUMERATED = 16
+"""Up to so many pairs every assignment of signs is tried; beyond, `RESAMPLES` drawn ones."""
+
+LAST = 3
+"""Rounds over which the accuracy at the end is averaged: single rounds are noisy."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with a confidence interval.
+
+    Attributes:
+        mean: of the values.
+        low: the lower end.
+        high: the upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def excludes(self, value: float) -> bool:
+        """Whether the interval lies wholly to one side of `value`."""
+        return not self.low <= value <= self.high
+
+
+def bootstrap_interval(
+    values: Sequence[float], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Bias-corrected and accelerated bootstrap interval of the mean.
+
+    With `G` the distribution of resampled means, `z_0 = Φ⁻¹(G(mean))`, acceleration `a` from the
+    jackknife, the ends are the quantiles of `G` at `Φ(z_0 + (z_0 + z_α) / (1 − a (z_0 + z_α)))`.
+
+    Args:
+        values: one per seed; for a paired comparison the differences.
+        level: of confidence.
+        resamples: how many means are drawn.
+        seed: of the draws.
+
+    Returns:
+        The mean and both ends; they are all equal where the values are.
+
+    Raises:
+        ValueError: no values, or NaN.
+
+    Reference: Efron, Better bootstrap confidence intervals, JASA 82 (1987).
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if not x.size or not np.isfinite(x).all():
+        raise ValueError(f"bootstrap_interval: expected finite values, at least one, got {values}")
+    mean = float(x.mean())
+    if (x == x[0]).all():
+        return Interval(mean, mean, mean)
+    rng = np.random.default_rng(seed)
+    means = np.sort(x[rng.integers(len(x), size=(resamples, len(x)))].mean(axis=1))
+    normal = NormalDist()
+    # Half of the ties count as below; at least half a resample lies on either side.
+    below = (means < mean).sum() + 0.5 * (means == mean).sum()
+    z0 = normal.inv_cdf(min(max(below, 0.5), resamples - 0.5) / resamples)
+    left_out = (x.sum() - x) / (len(x) - 1)
+    away = left_out.mean() - left_out
+    acceleration = float((away**3).sum()) / (6 * float((away**2).sum()) ** 1.5)
+    ends = []
+    for tail in ((1 - level) / 2, (1 + level) / 2):
+        z = z0 + normal.inv_cdf(tail)
+        ends.append(float(np.quantile(means, normal.cdf(z0 + z / (1 - acceleration * z)))))
+    return Interval(mean, *ends)
+
+
+def paired_interval(ours: Sequence[float], theirs: Sequence[float], **options: Any) -> Interval:
+    """Interval of the mean of `ours − theirs`, pair by pair; see `bootstrap_interval`."""
+    return bootstrap_interval(_differences(ours, theirs).tolist(), **options)
+
+
+def paired_p_value(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> float:
+    """Two-sided p of the permutation test that exchanges the members of pairs.
+
+    The share of sign assignments under which the absolute mean difference is at least the observed
+    one: of all of them up to `ENUMERATED` pairs, else of drawn ones with the observed one added.
+    """
+    x = _differences(ours, theirs)
+    if len(x) <= ENUMERATED:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(x))))
+        extra = 0
+    else:
+        signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(RESAMPLES, len(x)))
+        extra = 1
+    # Sums that differ by rounding alone are equal.
+    slack = 1e-12 * float(np.abs(x).sum())
+    as_far = int((np.abs(signs @ x) >= abs(math.fsum(x)) - slack).sum())
+    return (as_far + extra) / (len(signs) + extra)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p-values adjusted for how many tests there are (Holm), in the order given."""
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
+
+
+def accuracy_at(run: Mapping[str, Any], number: int) -> float:
+    """Of the global model after a round; 0 is the pre-trained start."""
+    return float(run["accuracy"][number])
+
+
+def accuracy_last(run: Mapping[str, Any], rounds: int = LAST) -> float:
+    """Mean over the last rounds."""
+    return float(np.mean(run["accuracy"][1:][-rounds:]))
+
+
+def _differences(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:
+    if len(ours) != len(theirs) or not len(ours):
+        raise ValueError(
+            f"paired comparison: expected as many values on both sides, at least one, got "
+            f"{len(ours)} and {len(theirs)}"
+        )
+    return np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
