@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
+from functools import wraps
 from inspect import isfunction
 from pathlib import Path
 
@@ -22,9 +23,19 @@ from hypothesis import strategies as st
 
 import hetlora_agg
 from fuzz import files, garbage
-from hetlora_agg import METHODS, HetLoRAError, LowRank, aggregate, aggregate_layers, clients
+from hetlora_agg import (
+    METHODS,
+    HetLoRAError,
+    LowRank,
+    aggregate,
+    aggregate_layers,
+    clients,
+    distributed,
+)
 from hetlora_agg.adapters import Adapter, aggregate_adapters, aggregate_state_dicts, read_adapter
 from hetlora_agg.cli import main
+from hetlora_agg.streaming import RunningAggregate, aggregate_folders, as_adapters
+from processes import world_of_one
 from states import fitting, state_for
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
@@ -107,6 +118,36 @@ def server():
     return garbage.low_rank(3)
 
 
+def running():
+    taken = RunningAggregate("flexlora")
+    taken.add(garbage.sound(2), id="phone")
+    return taken
+
+
+def in_one_process(function):
+    """The call in a process group of one; who waits for nobody is not kept from an error."""
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        with world_of_one():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def adapters_by_id():
+    return {
+        f"c{r}": Adapter.from_state_dict(state_dict(r), {"r": r, "lora_alpha": 4}) for r in (2, 3)
+    }
+
+
+def of_adapters():
+    begun = RunningAggregate("flexlora")
+    for id, adapter in adapters_by_id().items():
+        begun.add(adapter, id=id)
+    return begun
+
+
 LR = garbage.low_rank
 CALLS = {
     "aggregate": (aggregate, {"updates": updates, "method": lambda: "rb", "workers": lambda: None,
@@ -166,7 +207,32 @@ CALLS = {
     "aggregate_adapters": (aggregate_adapters, {"paths": lambda: ["/nonexistent/a"],
         "weights": lambda: [1.0], "ranks": lambda: [1], "missing": lambda: "error",
         "dora": lambda: "error"}),
+    "aggregate_folders": (aggregate_folders, {"paths": lambda: ["/nonexistent/a"],
+        "weights": lambda: [1.0], "checkpoint": lambda: None, "every": lambda: 1.0,
+        "on_bad_folder": lambda: "error", "on_duplicate": lambda: "error", "ranks": lambda: [1],
+        "missing": lambda: "error", "dora": lambda: "error", "memory_limit": lambda: None,
+        "on_bad_client": lambda: "error"}),
+    "as_adapters": (as_adapters, {"running": of_adapters, "clients": adapters_by_id,
+        "ranks": lambda: None}),
     "read_adapter": (read_adapter, {"path": lambda: "/nonexistent/a"}),
+    "distributed.own": (in_one_process(distributed.own), {"names": lambda: ["q", "v"],
+        "cost": lambda: {"q": 1, "v": 2}, "group": lambda: None}),
+    "distributed.aggregate_layers": (in_one_process(distributed.aggregate_layers), {
+        "layers": lambda: {"q": updates(), "v": updates()}, "missing": lambda: "error",
+        "max_group": lambda: None, "memory_limit": lambda: 10**9, "max_rank": lambda: None,
+        "on_bad_client": lambda: "drop", "workers": lambda: None, "group": lambda: None}),
+    "distributed.gather": (in_one_process(distributed.gather), {
+        "results": lambda: {"q": result()}, "group": lambda: None}),
+    "distributed.merge": (in_one_process(distributed.merge), {"running": running,
+        "group": lambda: None}),
+    "distributed.result": (in_one_process(distributed.result), {"running": running,
+        "group": lambda: None}),
+    "distributed.receipts": (in_one_process(distributed.receipts), {"running": running,
+        "group": lambda: None}),
+    "distributed.save": (in_one_process(distributed.save), {"running": running,
+        "group": lambda: None, "folder": lambda: 7}),
+    "distributed.load": (in_one_process(distributed.load), {"folder": lambda: "/nonexistent/a",
+        "group": lambda: None}),
 }  # fmt: skip
 """Public function -> its arguments as makers of sound values."""
 
@@ -182,8 +248,10 @@ def own_code(value):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_an_argument_that_nobody_expects(name):
+def test_an_argument_that_nobody_expects(name, tmp_path, monkeypatch):
     function, makers = CALLS[name]
+    # Any string may be a path to write to.
+    monkeypatch.chdir(tmp_path)
 
     @settings(fuzzed, **({} if EXAMPLES else {"max_examples": 40}))
     @given(st.data())

@@ -35,6 +35,7 @@ FLOORS = [
     {"diagnostics"},
     {"adapters"},
     {"streaming"},
+    {"distributed"},
     {"testing"},
     {"simulate"},
     {"plotting"},
@@ -83,7 +84,7 @@ def test_imports_go_downward(path):
 @pytest.mark.parametrize("name", ["simulate", "plotting", "integrations", "cli"])
 def test_top_floor_uses_public_names(name):
     paths = [p for p in SOURCES if house_name(p) == name]
-    public = {"public", "adapters", "testing", "simulate", "plotting", "linalg", name}
+    public = {"public", "adapters", "streaming", "testing", "simulate", "plotting", "linalg", name}
     for path in paths:
         assert set(imported(path)) <= public, path
 
@@ -230,6 +231,9 @@ UNSAFE_ATTRIBUTES = {
     ("hub", "load"),
     ("importlib", "import_module"),
 }
+# Collectives that pickle what they are given.
+COLLECTIVE = ("dist", "distributed", "distributed_c10d")
+OBJECTS = re.compile(r"\w+_object(_list)?")
 
 
 def unsafe(tree, network=True):
@@ -265,7 +269,8 @@ def unsafe(tree, network=True):
             if module.split(".")[0] in forbidden:
                 yield node.lineno, module
         for owner, name in names:
-            if (owner, name) in UNSAFE_ATTRIBUTES:
+            pickles = OBJECTS.fullmatch(name) and owner in COLLECTIVE
+            if (owner, name) in UNSAFE_ATTRIBUTES or pickles:
                 yield node.lineno, f"{owner}.{name}"
 
 
@@ -288,6 +293,8 @@ def test_nothing_that_came_as_data_is_run(path):
             "import importlib; importlib.import_module(x)",
         ),
         "g(trust_remote_code=True)",
+        *("dist.all_gather_object(x, y)", "from torch.distributed import broadcast_object_list"),
+        *("torch.distributed.recv_object_list(x)", "dist.distributed_c10d.scatter_object_list(x)"),
     ],
 )
 def test_what_would_run_data_is_found(line):

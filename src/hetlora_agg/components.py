@@ -33,7 +33,7 @@ class Sums(Protocol):
         """``‖ΔW_k‖_F²`` of everybody, ``(*layers, K)`` float64."""
 
 
-BLOCK = 16_384
+BLOCK = 4_096
 """Components whose slots are laid out one-hot at a time."""
 
 

@@ -30,6 +30,10 @@ class MemoryLimitError(HetLoRAError, MemoryError):
     """Something needs more memory than ``memory_limit=`` allows; raised before it is allocated."""
 
 
+class ProcessLostError(HetLoRAError, RuntimeError):
+    """Another process died, fell silent, or stopped at an error of its own."""
+
+
 def shown(value: object, most: int = 200) -> str:
     """How an error quotes what it was given: its repr, as much of it as fits a message."""
     try:

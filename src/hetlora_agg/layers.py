@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.intake import collect, name_of
 from hetlora_agg.linalg import limited
 from hetlora_agg.registry import Run, check_options, resolve
-from hetlora_agg.running import Batch, folding_of, run, to_numpy
+from hetlora_agg.running import ALONE, Batch, Others, folding_of, run, to_numpy
 from hetlora_agg.types import AggregationResult, ClientUpdate, LowRank
 from hetlora_agg.validation import admit, id_order
 
@@ -78,6 +79,25 @@ def aggregate_layers(
         >>> sorted(aggregate_layers({"q": [client, client], "v": [client, client]}))
         ['q', 'v']
     """
+    return aggregate_among(
+        ALONE, layers, method, missing, max_group, workers, memory_limit, on_bad_client, max_rank,
+        options,
+    )  # fmt: skip
+
+
+def aggregate_among(
+    others: Others,
+    layers: Mapping[str, Iterable[Any]],
+    method: str | Run,
+    missing: str,
+    max_group: int | None,
+    workers: int | None,
+    memory_limit: int | None,
+    on_bad_client: str,
+    max_rank: int | Mapping[Hashable, int] | None,
+    options: Mapping[str, Any],
+) -> dict[str, AggregationResult]:
+    """`aggregate_layers` of one's own layers of a model; others hold the rest, or nobody does."""
     entry = resolve(method)
     check_options(entry, options)
     if max_group is not None:
@@ -88,14 +108,14 @@ def aggregate_layers(
             raise InputTypeError(
                 f"{name}=: expected a mapping by layer name, got one {type(value).__name__}"
             )
-    read, numpy, refused = admit_layers(layers, missing, max_rank, on_bad_client)
+    read, numpy, refused = admit_layers(layers, missing, max_rank, on_bad_client, others)
     state = {k: layer_state(k, v, read) for k, v in options.items() if isinstance(v, Mapping)}
     streams = {
         k: layer_streams(v, read) for k, v in options.items() if isinstance(v, torch.Generator)
     }
     plain = {k: v for k, v in options.items() if k not in state and k not in streams}
     folding = folding_of(entry, options)
-    max_group, for_svd = budget(memory_limit, read, max_group, entry.workspace)
+    max_group, for_svd = budget(memory_limit if read else None, read, max_group, entry.workspace)
     names: list[list[str]] = []
     batches: list[Batch] = []
     for group, stacked, own in _grouped(read, state, max_group):
@@ -106,7 +126,7 @@ def aggregate_layers(
         del stacked
     results: dict[str, AggregationResult] = {}
     with limited(workers, for_svd):
-        ran = run(entry, batches, on_bad_client, refused)
+        ran = run(entry, batches, on_bad_client, refused, others)
         for group, result in zip(names, ran, strict=True):
             results.update(zip(group, take_apart(result, len(group)), strict=True))
     return {name: to_numpy(results[name]) if numpy else results[name] for name in read}
@@ -122,6 +142,7 @@ def admit_layers(
     missing: str,
     max_rank: int | Mapping[Hashable, int] | None = None,
     on_bad_client: str = "error",
+    others: Others = ALONE,
 ) -> tuple[Layers, bool, dict[Hashable, str]]:
     """Every layer's checked updates under the policy for clients that lack one.
 
@@ -134,8 +155,11 @@ def admit_layers(
             f"expected a mapping of layer names to updates, got {type(layers).__name__}; for one "
             "layer call aggregate"
         )
-    if not layers:
+    every = [name for names in others.hear("layers", list(layers)) for name in names]
+    if not every:
         raise InputValueError("no layers; pass at least one {name: updates}")
+    if twice := [name for name, count in Counter(every).items() if count > 1]:
+        raise InputValueError(f"layer {twice[0]!r} is on two processes; give it to one, see own()")
     checked = {
         name: admit(updates, name, max_rank, on_bad_client) for name, updates in layers.items()
     }
@@ -143,16 +167,22 @@ def admit_layers(
     refused: dict[Hashable, str] = {}
     for _, _, above in checked.values():
         refused = {**above, **refused}
-    return _complete(read, missing), all(numpy for _, numpy, _ in checked.values()), refused
+    numpy = all(numpy for _, numpy, _ in checked.values())
+    return _complete(read, missing, others), numpy, refused
 
 
-def _complete(layers: Layers, missing: str) -> Layers:
+def _complete(layers: Layers, missing: str, others: Others) -> Layers:
     """Apply the policy for clients that lack a layer."""
     check_choice("missing", missing, MISSING)
     weights: dict[Hashable, set[float]] = {}
     for updates in layers.values():
         for k, update in enumerate(updates):
             weights.setdefault(name_of(k, update), set()).add(update.weight)
+    own = [[name, sorted(found)] for name, found in weights.items()]
+    weights = {}
+    for told in others.hear("clients", own):
+        for name, found in told:
+            weights.setdefault(name, set()).update(found)
     completed: Layers = {}
     for layer, updates in layers.items():
         present = {name_of(k, u) for k, u in enumerate(updates)}
@@ -250,13 +280,10 @@ def stack_layers(items: list[Any]) -> Any:
 
 def take_apart(result: AggregationResult, layers: int) -> list[AggregationResult]:
     """One result per layer, each trimmed to its own rank where energy chose it."""
-    widths = [result.rank] * layers if result.ranks is None else _widths(result.ranks)
+    widths = [result.rank] * layers
+    if result.ranks is not None:
+        widths = result.ranks.reshape(layers, -1).amax(-1).tolist()
     return [_one_layer(result, i, width, layers) for i, width in enumerate(widths)]
-
-
-def _widths(ranks: torch.Tensor) -> list[int]:
-    """Widest rank within each entry of the first leading dimension."""
-    return [int(width) for width in ranks.reshape(len(ranks), -1).amax(-1).tolist()]
 
 
 def _one_layer(result: AggregationResult, i: int, width: int, layers: int) -> AggregationResult:

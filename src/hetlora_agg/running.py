@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +18,31 @@ from hetlora_agg.linalg import exact_arithmetic
 from hetlora_agg.registry import MethodEntry, named_in
 from hetlora_agg.types import AggregationResult, LowRank
 from hetlora_agg.weighting import over_all_layers
+
+
+class Others(Protocol):
+    """Those who hold the other layers of the same model: what spans layers is agreed on here."""
+
+    def hear(self, step: str, own: Any) -> list[Any]:
+        """What everybody says, in one order for all; plain data."""
+
+    def add_up(self, step: str, own: torch.Tensor) -> torch.Tensor:
+        """The sum of everybody's; as many dimensions and entries on all."""
+
+
+class Alone:
+    """Nobody else: all layers are here."""
+
+    def hear(self, step: str, own: Any) -> list[Any]:
+        """One's own."""
+        return [own]
+
+    def add_up(self, step: str, own: torch.Tensor) -> torch.Tensor:
+        """One's own."""
+        return own
+
+
+ALONE = Alone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +58,7 @@ def run(
     batches: Sequence[Batch],
     on_bad_client: str,
     refused: Mapping[Hashable, str] = MappingProxyType({}),
+    others: Others = ALONE,
 ) -> list[AggregationResult]:
     """The method's result for every batch.
 
@@ -41,15 +67,19 @@ def run(
 
     Args:
         entry: the method.
-        batches: what the clients sent, and the method's options.
+        batches: what the clients sent, and the method's options; none where others hold all layers.
         on_bad_client: "drop" or "error".
         refused: clients to leave out for what they declare, with the reason.
+        others: who holds the model's other layers.
     """
-    bad = {**_verdict([batch.intake for batch in batches], on_bad_client), **refused}
+    own = {**_verdict([batch.intake for batch in batches], on_bad_client), **refused}
+    bad: dict[Hashable, str] = {}
+    for told in others.hear("clients left out", [list(pair) for pair in own.items()]):
+        bad = {**dict(told), **bad}
     results = []
-    with exact_arithmetic(batches[0].intake.A.device.type):
+    with exact_arithmetic(batches[0].intake.A.device.type if batches else "cpu"):
         components = [batch.intake.components(frozenset(bad)) for batch in batches]
-        ready = _with_statistic(entry, components, [batch.options for batch in batches])
+        ready = _with_statistic(entry, components, [batch.options for batch in batches], others)
         for batch, c in zip(batches, ready, strict=True):
             result = batch.intake.finish(entry.run(c, **batch.options), entry.name)
             notes = (*result.notes, *_unbounded(entry, batch.options))
@@ -119,20 +149,37 @@ def _verdict(intakes: Sequence[Intake], on_bad_client: str) -> dict[Hashable, st
 
 
 def _with_statistic(
-    entry: MethodEntry, components: list[Components], options: Sequence[Mapping[str, Any]]
+    entry: MethodEntry,
+    components: list[Components],
+    options: Sequence[Mapping[str, Any]],
+    others: Others,
 ) -> list[Components]:
-    """Each batch with the method's client statistics summed over all batches."""
-    statistic = entry.statistic_for(options[0])
-    if statistic is None:
+    """Each batch with the method's client statistics summed over all batches, others' included."""
+    statistic = entry.statistic_for(options[0]) if options else None
+    parts: list[tuple[torch.Tensor, ...]] = []
+    own: list[Any] = [[], []]
+    if statistic is not None:
+        parts = [
+            over_all_layers(c, partial(statistic, **named_in(statistic, told)))
+            for c, told in zip(components, options, strict=True)
+        ]
+        ids = dict.fromkeys(id for c in components for id in c.ids)
+        own = [list(ids), [part.dim() for part in parts[0]]]
+    heard = others.hear("client statistic", own)
+    # Who holds no layer has none of its own, and helps to add up the others'.
+    dims = max((dims for _, dims in heard), key=len)
+    if not dims:
         return components
-    position = {id: i for i, id in enumerate(dict.fromkeys(id for c in components for id in c.ids))}
-    parts = [
-        over_all_layers(c, partial(statistic, **named_in(statistic, own)))
-        for c, own in zip(components, options, strict=True)
-    ]
-    _check_pairs(parts, components, list(position))
+    everybody = dict.fromkeys(id for ids, _ in heard for id in ids)
+    position = {id: i for i, id in enumerate(everybody)}
+    _check_pairs(dims, components, list(position))
     places = [torch.tensor([position[id] for id in c.ids], device=c.A.device) for c in components]
-    totals = [_total(column, places, len(position)) for column in zip(*parts, strict=True)]
+    totals = [
+        others.add_up(
+            "client statistic", _total([p[i] for p in parts], places, [len(position)] * dim)
+        )
+        for i, dim in enumerate(dims)
+    ]
     return [
         replace(
             c,
@@ -143,12 +190,10 @@ def _with_statistic(
 
 
 def _check_pairs(
-    parts: Sequence[tuple[torch.Tensor, ...]],
-    components: Sequence[Components],
-    everybody: Sequence[Hashable],
+    dims: Sequence[int], components: Sequence[Components], everybody: Sequence[Hashable]
 ) -> None:
     """What is known of a pair of clients must be known of it in every layer."""
-    if all(part.dim() == 1 for part in parts[0]):
+    if all(dim == 1 for dim in dims):
         return
     for c in components:
         if absent := [id for id in everybody if id not in set(c.ids)]:
@@ -160,10 +205,10 @@ def _check_pairs(
 
 
 def _total(
-    parts: Sequence[torch.Tensor], places: Sequence[torch.Tensor], clients: int
+    parts: Sequence[torch.Tensor], places: Sequence[torch.Tensor], shape: Sequence[int]
 ) -> torch.Tensor:
     """A statistic added up over batches, each of which may lack some clients."""
-    total = parts[0].new_zeros((clients,) * parts[0].dim())
+    total = parts[0].new_zeros(shape) if parts else torch.zeros(shape, dtype=torch.float64)
     for part, at in zip(parts, places, strict=True):
         total[_block(at.to(total.device), part.dim())] += part.to(total.device)
     return total

@@ -259,8 +259,8 @@ def test_other_files_versions_and_methods(tmp_path):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(tensors, path, metadata={**metadata, "schema": "2"})
-    with pytest.raises(InputValueError, match="schema version 2, this library reads 1"):
+    save_file(tensors, path, metadata={**metadata, "schema": "3"})
+    with pytest.raises(InputValueError, match="schema version 3, this library reads 2"):
         RunningAggregate.load(path)
     save_file(tensors, path)
     with pytest.raises(InputValueError, match="no checkpoint of a running aggregate"):

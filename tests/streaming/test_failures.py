@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from hetlora_agg.errors import InputValueError
-from hetlora_agg.streaming import RunningAggregate, added, arriving, bounded, group, merging, taking
+from hetlora_agg.streaming import (
+    RunningAggregate,
+    added,
+    arriving,
+    bounded,
+    frozen,
+    group,
+    merging,
+    taking,
+)
 from hetlora_agg.streaming.checkpoint import dump
 from hetlora_agg.streaming.files import checksum
 from streamed import LEVELS, clients_for, filled
@@ -26,7 +35,7 @@ TOOLS = {
     "wider": (added, "wider"),
     "cut": (bounded, "leading_svd"),
     "replace": (group, "replace"),
-    "factor": (taking, "shared_factor"),
+    "factor": (frozen, "shared_factor"),
     "merged factor": (merging, "shared_factor"),
     "joined": (added, "joined"),
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hetlora_agg.adapters.adapter import Adapter
@@ -21,6 +22,8 @@ GROUP_BYTES = 64 << 20
 while the group is aggregated."""
 
 DORA = ("error", "mean")
+
+DORA_NOTE = "DoRA: magnitudes are averaged apart from B @ A, which is no mean of the models"
 
 Progress = Callable[[int, int], None]
 Clients = Mapping[Hashable, Adapter]
@@ -51,12 +54,11 @@ def combine(
     """
     check_choice("missing", missing, MISSING)
     check_choice("dora", dora, DORA)
-    weight = _weights(weights, list(adapters))
-    wanted = None if ranks is None else _ranks(ranks, list(adapters))
-    layers = list(dict.fromkeys(layer for a in adapters.values() for layer in a.layers))
-    lacking = _check_layers(layers, adapters, missing)
-    notes = _check_dora(adapters, dora) + _differences(adapters)
-    extras = survey(adapters, missing)
+    weight = weights_of(weights, list(adapters))
+    wanted = None if ranks is None else ranks_of(ranks, list(adapters))
+    headers = check_headers(adapters, missing, dora)
+    layers, extras = headers.layers, headers.extras
+    notes = headers.notes + differences(a.config for a in adapters.values() if a.config is not None)
     options = {k: v.low_ranks() if isinstance(v, Adapter) else v for k, v in options.items()}
     policy = options.get("on_bad_client", "error")
     check_choice("on_bad_client", policy, ("drop", "error"))
@@ -68,7 +70,7 @@ def combine(
         )
     # A client's verdict, or its weight, then depends on layers of other groups.
     spanning = resolve(method).statistic is not None or policy == "drop"
-    spanning = spanning or (missing == "zero" and lacking)
+    spanning = spanning or (missing == "zero" and headers.lacking)
     taking = {client: adapter for client, adapter in adapters.items() if client not in bad}
     results = _results(
         [layers] if spanning else _groups(layers, adapters),
@@ -85,6 +87,34 @@ def combine(
         excluded=tuple(excluded.items()),
         notes=(*notes, *dict.fromkeys(note for r in results.values() for note in r.notes)),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Headers:
+    """What adapters have in common, as their headers say.
+
+    Attributes:
+        layers: every layer, in the order in which they came.
+        lacking: whether a client lacks one.
+        notes: what is worth knowing.
+        extras: tensors besides the factors.
+    """
+
+    layers: list[str]
+    lacking: bool
+    notes: tuple[str, ...]
+    extras: dict[str, Extra]
+
+
+def check_headers(adapters: Clients, missing: str, dora: str) -> Headers:
+    """Adapters against each other; no tensor is read.
+
+    Raises:
+        InputTypeError, InputValueError: whose layer or tensor does not fit the others'.
+    """
+    layers = list(dict.fromkeys(layer for a in adapters.values() for layer in a.layers))
+    lacking = _check_layers(layers, adapters, missing)
+    return Headers(layers, lacking, _check_dora(adapters, dora), survey(adapters, missing))
 
 
 def _results(
@@ -171,13 +201,12 @@ def _check_dora(adapters: Clients, dora: str) -> tuple[str, ...]:
         raise InputValueError(
             f"{with_dora[0]} is a DoRA adapter, {other} is not; all clients must train the same"
         )
-    return ("DoRA: magnitudes are averaged apart from B @ A, which is no mean of the models",)
+    return (DORA_NOTE,)
 
 
-def _differences(adapters: Clients) -> tuple[str, ...]:
+def differences(given: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """Fields of the configs that are taken from the first client though others differ."""
-    configs = [adapter.config for adapter in adapters.values() if adapter.config is not None]
-    notes = []
+    configs, notes = list(given), []
     for field in ("base_model_name_or_path", "task_type", "fan_in_fan_out"):
         found = list(dict.fromkeys(str(config.get(field)) for config in configs))
         if len(found) > 1:
@@ -196,7 +225,8 @@ def _check_complete(extras: Mapping[str, Extra], values: Mapping[str, Any]) -> N
         )
 
 
-def _weights(given: Any, clients: Sequence[Hashable]) -> dict[Hashable, float]:
+def weights_of(given: Any, clients: Sequence[Hashable]) -> dict[Hashable, float]:
+    """Every client's weight, 1 where none is given."""
     if given is None:
         return dict.fromkeys(clients, 1.0)
     return {
@@ -205,7 +235,8 @@ def _weights(given: Any, clients: Sequence[Hashable]) -> dict[Hashable, float]:
     }
 
 
-def _ranks(given: Any, clients: Sequence[Hashable]) -> dict[Hashable, int]:
+def ranks_of(given: Any, clients: Sequence[Hashable]) -> dict[Hashable, int]:
+    """The rank that every client wants back."""
     return {
         client: as_integer(value, f"client {client!r}: rank", at_least=1)
         for client, value in by_client(given, clients, "ranks").items()
@@ -215,8 +246,9 @@ def _ranks(given: Any, clients: Sequence[Hashable]) -> dict[Hashable, int]:
 def by_client(given: Any, clients: Sequence[Hashable], what: str) -> dict[Hashable, Any]:
     """One value for each client, from a list in their order or a mapping by id."""
     if isinstance(given, Mapping):
+        known = set(clients)
         odd = [client for client in clients if client not in given]
-        unknown = [client for client in given if client not in set(clients)]
+        unknown = [client for client in given if client not in known]
         if odd or unknown:
             raise InputValueError(
                 f"{what}: expected one entry for each of {listed(clients)}, "

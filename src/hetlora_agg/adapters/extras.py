@@ -2,14 +2,15 @@
 
 They are averaged with the clients' weights, ``Σ w_k x_k / Σ w_k``, in float64, a slab at a time;
 tensors of the base model, which nobody trained, are handed on if they are equal everywhere.
+A running aggregate adds them up by the same rule, client by client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import prod
+from math import frexp, fsum, ldexp, prod
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from hetlora_agg.linalg import all_finite
 
 SLAB = 1 << 22
 """Entries that are averaged at a time: 32 MB in float64, whatever the size of an embedding."""
+
+HEADROOM = 20
+"""Powers of two that masses stay below 1: a million of the largest float64 values add up."""
 
 
 @dataclass(frozen=True)
@@ -133,32 +137,48 @@ def combine_extras(
         weights: every client's weight.
         left_out: clients that were dropped.
     """
-    # 1e308 and 1e308 must not add up to Inf.
-    most = max((w for client, w in weights.items() if client not in left_out), default=0) or 1.0
-    share = {client: 0.0 if client in left_out else w / most for client, w in weights.items()}
+    exponent = exponent_of(w for client, w in weights.items() if client not in left_out)
+    mass = {k: 0.0 if k in left_out else mass_of(w, exponent) for k, w in weights.items()}
     combined = {}
     for canonical, extra in extras.items():
         if not extra.averaged:
             combined[canonical] = _equal(canonical, extra, adapters)
             continue
-        total = sum(share.values() if extra.absent_count else (share[k] for k in extra.owners))
-        owners = {client: key for client, key in extra.owners.items() if share[client] > 0}
+        total = fsum(mass.values() if extra.absent_count else (mass[k] for k in extra.owners))
+        owners = {client: key for client, key in extra.owners.items() if mass[client] > 0}
         if owners:
-            combined[canonical] = _mean(extra, owners, adapters, share, total)
+            combined[canonical] = _mean(extra, owners, adapters, mass, total)
     return combined
+
+
+def exponent_of(weights: Iterable[float]) -> int:
+    """The power of two that weights are taken relative to: neither 1e308 nor 5e-324 is lost."""
+    return frexp(max(weights, default=0.0))[1] + HEADROOM
+
+
+def mass_of(weight: float, exponent: int) -> float:
+    """``weight / 2^exponent``; nothing is rounded above the least of float64."""
+    return ldexp(weight, -exponent)
+
+
+def weighed(X: Tensor, factor: float) -> Tensor:
+    """``factor · X`` in float64 and memory of its own."""
+    return X.to("cpu", torch.float64, copy=True).mul_(factor)
+
+
+def factor_of(key: Key, adapter: Adapter) -> float:
+    """What PEFT multiplies the tensor by: it adds ``scaling * (B A x + bias)``."""
+    return adapter.scaling(key.path) if key.part == BIAS else 1.0
 
 
 def _mean(
     extra: Extra,
     owners: Mapping[Hashable, str],
     adapters: Mapping[Hashable, Adapter],
-    share: Mapping[Hashable, float],
+    mass: Mapping[Hashable, float],
     total: float,
 ) -> Tensor:
-    factor = {client: share[client] / total for client in owners}
-    if extra.key.part == BIAS:
-        # PEFT adds scaling * (B A x + bias).
-        factor = {k: f * adapters[k].scaling(extra.key.path) for k, f in factor.items()}
+    factor = {k: mass[k] * factor_of(extra.key, adapters[k]) for k in owners}
     kinds = (adapters[client].info(key).dtype for client, key in owners.items())
     dtype = reduce(torch.promote_types, (kind for kind in kinds if kind is not None))
     mean = torch.zeros(extra.shape, dtype=dtype, device="cpu")
@@ -166,8 +186,8 @@ def _mean(
         slab = torch.zeros_like(mean if rows is None else mean[rows], dtype=torch.float64)
         # One order, whatever that of the clients: the same bits.
         for client in sorted(owners, key=str):
-            slab += factor[client] * adapters[client].tensor(owners[client], rows).cpu().double()
-        mean[... if rows is None else rows] = slab.to(dtype)
+            slab += weighed(adapters[client].tensor(owners[client], rows), factor[client])
+        mean[... if rows is None else rows] = (slab / total).to(dtype)
     return mean
 
 

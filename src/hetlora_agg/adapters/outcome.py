@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,12 @@ from hetlora_agg.adapters.handing import (
     global_adapter,
     residual_adapter,
 )
+from hetlora_agg.adapters.roll import folders_of, headers_of, one_of_each
 from hetlora_agg.errors import InputValueError
 from hetlora_agg.types import AggregationResult
+
+LISTED = 16
+"""Clients whose ranks a table names one by one."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,10 +37,10 @@ class AggregatedAdapters:
 
     Attributes:
         results: layer -> `AggregationResult`, in units of ΔW.
-        clients: client's id -> the `Adapter` it sent.
+        clients: client's id -> the `Adapter` it sent; of many folders, read when asked for.
         extras: tensors besides the factors, by their key in files.
         wanted: client's id -> the rank it wants back, or None for what it sent.
-        excluded: clients left out by ``on_bad_client="drop"``, and why.
+        excluded: clients left out by ``on_bad_client="drop"`` or with their folder, and why.
         notes: what was accepted but is worth knowing.
     """
 
@@ -50,13 +55,13 @@ class AggregatedAdapters:
     def adapter(self) -> Adapter:
         """The global adapter: every layer at the result's rank, its scaling 1."""
         factors = {layer: result.factors for layer, result in self.results.items()}
-        return global_adapter(self.clients, factors, self.extras)
+        return global_adapter(one_of_each(self.clients), factors, self.extras)
 
     @property
     def residual(self) -> Adapter | None:
         """What the method leaves to the base weights, as an adapter to be merged; or None."""
         rest = {k: r.residual for k, r in self.results.items() if r.residual is not None}
-        return residual_adapter(self.clients, rest) if rest else None
+        return residual_adapter(one_of_each(self.clients), rest) if rest else None
 
     def client(self, id: Hashable) -> Adapter:
         """What that client starts the next round from, with the keys and in the style it sent.
@@ -99,7 +104,7 @@ class AggregatedAdapters:
             InputValueError: the folder is there or an input's, or no config is known.
         """
         target = as_folder(out, "write")
-        with staged(target, force=force, inputs=self._inputs()) as folder:
+        with staged(target, force=force, inputs=folders_of(self.clients)) as folder:
             save(folder, self.adapter)
             if (residual := self.residual) is not None:
                 save(folder / RESIDUAL, residual)
@@ -116,22 +121,24 @@ class AggregatedAdapters:
             InputValueError: as `client`; the folder is there, or one in it is an input's.
         """
         out = as_folder(folder, "write_clients")
-        inputs = self._inputs()
+        real = {os.path.realpath(path): path for path in folders_of(self.clients)}
         targets = {id: out / _folder_name(id) for id in self.clients}
-        for id, target in targets.items():
-            check_cut(self.clients[id], self.results, self._rank(id))
-            check_target(target, force, inputs)
+        for id, own in headers_of(self.clients).items():
+            check_cut(own, self.results, self._rank(id))
+            # Only who is in the way: everybody against everybody else would be quadratic.
+            place = real.get(os.path.realpath(targets[id]))
+            check_target(targets[id], force, [place] if place else ())
         there = os.path.lexists(out)
         if there and not force:
             raise InputValueError(f"{out}: is there already; set force to replace adapters in it")
         with ExitStack() as stack:
             if there:
                 staging = {
-                    id: stack.enter_context(staged(target, force=True, inputs=inputs))
+                    id: stack.enter_context(staged(target, force=True))
                     for id, target in targets.items()
                 }
             else:
-                root = stack.enter_context(staged(out, inputs=inputs))
+                root = stack.enter_context(staged(out))
                 staging = {id: root / target.name for id, target in targets.items()}
             for id, place in staging.items():
                 save(place, self.client(id))
@@ -142,7 +149,7 @@ class AggregatedAdapters:
         rows = [("layer", "out x in", "ranks", "rank", "left out")]
         for row in self.to_dict()["layers"]:
             left = "" if row["left_out"] is None else f"{row['left_out']:.2%}"
-            ranks = ", ".join(map(str, row["ranks"]))
+            ranks = _told(row["ranks"])
             size = "x".join(map(str, row["size"]))
             rows.append((row["layer"], size, ranks, str(row["rank"]), left))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -153,11 +160,12 @@ class AggregatedAdapters:
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and strings only: layers, extras, clients, notes."""
+        headers = list(headers_of(self.clients).values())
         layers = [
             {
                 "layer": name,
                 "size": list(result.factors.dense_shape),
-                "ranks": [a.rank(name) for a in self.clients.values() if name in a.layers],
+                "ranks": [a.rank(name) for a in headers if name in a.layers],
                 "rank": result.rank,
                 "residual_rank": None if result.residual is None else result.residual.rank,
                 "left_out": _left_out(result),
@@ -185,8 +193,12 @@ class AggregatedAdapters:
     def _rank(self, id: Hashable) -> int | None:
         return None if self.wanted is None else self.wanted[id]
 
-    def _inputs(self) -> list[Path]:
-        return [a.folder for a in self.clients.values() if a.folder is not None]
+
+def _told(ranks: Sequence[int]) -> str:
+    """Ranks one by one, or how many clients have each where they are many."""
+    if len(ranks) <= LISTED:
+        return ", ".join(map(str, ranks))
+    return ", ".join(f"{count}x{rank}" for rank, count in sorted(Counter(ranks).items()))
 
 
 def _left_out(result: AggregationResult) -> float | None:

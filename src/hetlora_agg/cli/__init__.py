@@ -1,16 +1,21 @@
 """The command line `hetlora-agg`: the one package that prints.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 the command
-was written wrongly, 130 interrupted.
+was written wrongly, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError
 
 from hetlora_agg import HetLoRAError, __version__
 from hetlora_agg.cli.aggregating import add_aggregate
@@ -21,26 +26,51 @@ from hetlora_agg.cli.listing import add_methods
 from hetlora_agg.cli.simulating import add_simulate
 
 PROGRAM = "hetlora-agg"
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+class Terminated(BaseException):
+    """Somebody asked the process to end: what was begun is cleared up and saved, as by Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (None: the process's own) and return the exit code."""
     try:
         arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
-        sys.stdout.flush()
+        with _ending():
+            arguments.run(arguments)
+            sys.stdout.flush()
     except HetLoRAError as error:
         return _complain(error, USAGE)
     except BrokenPipeError:
         # The reader, `head` say, has seen enough; Python would complain again on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (Failure, ImportError, OSError) as error:
+    except (Failure, ImportError, OSError, SafetensorError) as error:
         return _complain(error, FAILED)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
+    except Terminated:
+        return _complain("terminated", TERMINATED)
     return 0
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """SIGTERM as an exception, unless somebody else has a say in it."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _complain(message: object, code: int) -> int:

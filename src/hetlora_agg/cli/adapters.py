@@ -18,14 +18,25 @@ def add_folders(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="ADAPTER", help="a client's PEFT adapter folder")
     add("--weights", type=numbers, metavar="N,N,…", help="one per client; default all alike")
-    add("--missing", default="error", help="a client lacks a layer: error, zero or renormalise")
-    add(
+    add_missing(parser)
+    add_option(parser, "an option of the method, VALUE as JSON or plain text; may be repeated")
+
+
+def add_missing(parser: argparse.ArgumentParser) -> None:
+    """What a client without a layer counts for there."""
+    text = "a client lacks a layer: error, zero or renormalise"
+    parser.add_argument("--missing", default="error", help=text)
+
+
+def add_option(parser: argparse.ArgumentParser, text: str) -> None:
+    """The methods' own options."""
+    parser.add_argument(
         "--option",
         action="append",
         default=[],
         type=option,
         metavar="NAME=VALUE",
-        help="an option of the method, VALUE as JSON or plain text; may be repeated",
+        help=text,
     )
 
 
@@ -37,6 +48,14 @@ def numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(
             f"expected numbers separated by commas, got {text!r}"
         ) from None
+
+
+def amount(text: str) -> int:
+    """A finite number of bytes, such as 2e9."""
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"expected a number such as 2e9, got {text!r}") from None
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -113,20 +132,30 @@ def weights_by_client(
 
 
 class Bar:
-    """Layers done, on a terminal; silent where stderr is none."""
+    """One bar for every stage of a long run, on a terminal; silent where stderr is none."""
 
     def __init__(self, what: str) -> None:
         self.bar: Any = None
         self.what = what
+        self.stage = ""
 
-    def __call__(self, done: int, total: int) -> None:
-        """Move on to this many layers."""
-        if self.bar is None and sys.stderr.isatty():
-            self.bar = progress_bar(total=total, unit="layer", desc=self.what)
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Move on to this many of a stage's things, called by what they are in the plural."""
+        if self.bar is None or stage != self.stage:
+            self.close()
+            self.stage = stage
+            if sys.stderr.isatty():
+                self.bar = progress_bar(
+                    total=total, initial=done - 1, unit=stage.removesuffix("s"), desc=self.what
+                )
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
-            if done == total:
-                self.bar.close()
+
+    def close(self) -> None:
+        """Leave the terminal on a fresh line."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
 
 def progress_bar(**look: Any) -> Any:
@@ -141,8 +170,10 @@ def progress_bar(**look: Any) -> Any:
 
 
 def emit(rows: Any, text: Callable[[], str], as_json: bool) -> None:
-    """Print as JSON or as text."""
-    print(json.dumps(rows, indent=2, allow_nan=False, default=str) if as_json else text())
+    """Print as JSON or as text, whatever names the output can spell."""
+    said = json.dumps(rows, indent=2, allow_nan=False, default=str) if as_json else text()
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(said.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hetlora_agg import METHODS
-from hetlora_agg.cli.adapters import integers, option, progress_bar
+from hetlora_agg.cli.adapters import add_option, integers, progress_bar
 from hetlora_agg.cli.errors import Failure
 from hetlora_agg.plotting import plot_simulation, require_matplotlib
 from hetlora_agg.simulate import (
@@ -45,14 +45,7 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     add("--attackers", type=int, default=0, metavar="N", help="the first N clients attack")
     add("--attack", choices=sorted(ATTACKS), default="rank-inflation", help="what they do")
     add("--registered", action="store_true", help="drop who declares more than its rank")
-    add(
-        "--option",
-        action="append",
-        default=[],
-        type=option,
-        metavar="NAME=VALUE",
-        help="an option for the methods that have it, such as quorum=3; may be repeated",
-    )
+    add_option(parser, "an option for the methods that have it, such as quorum=3; may be repeated")
     add("--seeds", type=integers, default="0,1,2", help="every method runs once per seed")
     add("--out", type=Path, metavar="DIR", help="write simulation.json and simulation.png there")
     add("--force", action="store_true", help="overwrite the files in DIR")

@@ -230,7 +230,8 @@ def terms_of(
 
 def _lengths(X: Tensor, dim: int) -> Tensor:
     """Euclidean norms in float64; in the factors' own dtype as long as their squares fit it."""
-    fast = X.norm(dim=dim).double()
+    # Of columns, torch's own norm takes six times as long.
+    fast = (X * X).sum(dim).sqrt().double()
     usual = all_finite(fast) and bool(fast.max() > USUAL)
     return fast if usual else norms(X.double(), dim)
 

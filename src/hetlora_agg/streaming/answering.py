@@ -5,28 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from hetlora_agg.adapters.extras import Extra
 from hetlora_agg.aggregate import aggregate
 from hetlora_agg.errors import InputValueError
 from hetlora_agg.layers import aggregate_layers
-from hetlora_agg.running import to_numpy
+from hetlora_agg.running import ALONE, Others, to_numpy
 from hetlora_agg.streaming.arriving import ONE
+from hetlora_agg.streaming.besides import values_of
 from hetlora_agg.streaming.receipts import absent
 from hetlora_agg.streaming.settings import Settings, state_options
 from hetlora_agg.streaming.state import State
 from hetlora_agg.streaming.summing import Sums, bounds_of, results_of
+from hetlora_agg.types import AggregationResult
 
 
 def answer(settings: Settings, state: State) -> Any:
     """The method's result by layer, or for the one layer there is."""
+    results = answer_by_layer(settings, state)
+    return results[ONE] if state.one_layer else results
+
+
+def answer_by_layer(
+    settings: Settings, state: State, others: Others = ALONE
+) -> dict[str, AggregationResult]:
+    """The method's result by layer; others have the sums of further layers, or nobody has."""
     _check_complete(settings, state)
     if state.kept is not None:
         results = _of_everybody(settings, state)
     else:
-        results = results_of(sums_of(settings, state), state.order)
+        results = results_of(sums_of(settings, state), state.order, others)
     if state.numpy:
         results = {layer: to_numpy(result) for layer, result in results.items()}
-    return results[ONE] if state.one_layer else results
+    return results
 
 
 def bound_of(settings: Settings, state: State) -> Any:
@@ -40,6 +52,12 @@ def bound_of(settings: Settings, state: State) -> Any:
     else:
         bounds = bounds_of(sums_of(settings, state), state.order)
     return bounds[ONE] if state.one_layer else bounds
+
+
+def extras_of(settings: Settings, state: State) -> dict[str, tuple[Extra, Tensor]]:
+    """What adapters held besides factors, after the round."""
+    _check_complete(settings, state)
+    return values_of(state.besides, state.receipts, settings.missing)
 
 
 def sums_of(settings: Settings, state: State) -> Sums:

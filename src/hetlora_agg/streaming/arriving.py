@@ -16,6 +16,7 @@ from hetlora_agg.checks import check_choice
 from hetlora_agg.errors import InputTypeError, InputValueError, shown
 from hetlora_agg.intake import Folding, collect
 from hetlora_agg.linalg import exact_arithmetic
+from hetlora_agg.streaming.besides import NOTHING, Besides
 from hetlora_agg.streaming.receipts import Form, Id, Receipt, digest_of
 from hetlora_agg.types import ClientUpdate, from_numpy
 from hetlora_agg.validation import admit
@@ -103,6 +104,7 @@ class Arriving:
         pieces: its layers batch by batch; none if it does not count.
         receipt: what is remembered of it.
         numpy: whether it sent arrays.
+        besides: what an adapter holds besides its factors.
     """
 
     updates: Updates
@@ -110,12 +112,16 @@ class Arriving:
     pieces: tuple[Piece, ...]
     receipt: Receipt
     numpy: bool
+    besides: Besides = NOTHING
 
 
 def as_layers(
     given: Any, id: Id, weight: float | None, scaling: Any, config: Any
-) -> Mapping[str, Any]:
-    """What was sent as a mapping of layers; one update without a name is layer ``ONE``."""
+) -> tuple[Mapping[str, Any], Besides]:
+    """What was sent as a mapping of layers, and tensors besides the factors.
+
+    One update without a name is layer ``ONE``.
+    """
     at = f"add: client {id!r}"
     if isinstance(given, Mapping) and all(
         isinstance(X, (Tensor, np.ndarray)) for X in given.values()
@@ -126,26 +132,23 @@ def as_layers(
             f"{at}: scaling= and config= go with a state dict; a ClientUpdate has its own scaling"
         )
     if isinstance(given, Adapter):
-        if given.extras:
-            raise InputValueError(
-                f"{at}: {len(given.extras)} tensors besides the factors, such as "
-                f"{next(iter(given.extras))!r}, which a running aggregate does not take; pass the "
-                "factors alone, or aggregate with aggregate_adapters"
-            )
         weight = 1.0 if weight is None else weight
-        return {layer: given.update(layer, weight, id) for layer in given.layers}
+        layers = {layer: given.update(layer, weight, id) for layer in given.layers}
+        return layers, Besides.of(given)
     if weight is not None:
         raise InputTypeError(
             f"{at}: weight= goes with an Adapter or a state dict; a ClientUpdate has its own"
         )
     if not isinstance(given, Mapping):
-        return {ONE: given}
+        return {ONE: given}, NOTHING
     if odd := [layer for layer in given if not isinstance(layer, str) or not layer]:
         raise InputTypeError(f"{at}: expected layers by name, got {shown(odd[0])}")
-    return given
+    return given, NOTHING
 
 
-def read_client(given: Mapping[str, Any], id: Id, door: Door) -> Arriving:
+def read_client(
+    given: Mapping[str, Any], id: Id, door: Door, besides: Besides = NOTHING
+) -> Arriving:
     """Everything about one client that can be wrong by itself.
 
     Raises:
@@ -170,14 +173,16 @@ def read_client(given: Mapping[str, Any], id: Id, door: Door) -> Arriving:
             f"add: client {id!r}: expected one weight in all its layers, got {weights or 'none'}"
         )
     pieces, bad = pieces_of(updates, door, weights[0] > 0 and not excluded)
+    if not bad and (where := besides.bad()):
+        bad = f"client {id!r}: {where}"
     if bad and door.on_bad_client == "error":
         raise InputValueError(f'{bad}; mend the client, or leave it out with on_bad_client="drop"')
     excluded = excluded or bad
-    form = Form.of(updates)
-    receipt = Receipt(
-        digest_of(updates), weights[0], form, _norms(pieces, form) if not excluded else (), excluded
-    )
-    return Arriving(updates, sent, () if excluded else tuple(pieces), receipt, numpy)
+    form = Form.of(updates, besides.tensors)
+    digest = digest_of(updates, besides.tensors, besides.factors)
+    norms = _norms(pieces, form) if not excluded else ()
+    receipt = Receipt(digest, weights[0], form, norms, excluded)
+    return Arriving(updates, sent, () if excluded else tuple(pieces), receipt, numpy, besides)
 
 
 def pieces_of(updates: Updates, door: Door, counts: bool) -> tuple[list[Piece], str | None]:

@@ -15,11 +15,13 @@ from hetlora_agg.streaming.files import NAMES
 from hetlora_agg.streaming.receipts import digest_of_tensor
 from hetlora_agg.streaming.saving import (
     Tensors,
+    decode_besides,
     decode_group,
     decode_option,
     decode_receipts,
     decode_size,
     decode_updates,
+    encode_besides,
     encode_group,
     encode_option,
     encode_receipts,
@@ -34,13 +36,18 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 def dump(settings: Settings, state: State) -> tuple[Tensors, dict[str, Any]]:
     """Tensors by name, and everything else as plain data."""
+    tensors, data = dump_state(state)
+    return tensors, {**data, "settings": _settings(settings, tensors)}
+
+
+def dump_state(state: State) -> tuple[Tensors, dict[str, Any]]:
+    """The same without the settings, for who has them."""
     tensors: Tensors = {}
     encode_receipts(state.receipts, tensors)
     for layer, (rows, filled) in state.common.items():
         tensors[f"common/{layer}"] = rows
         tensors[f"filled/{layer}"] = filled.to(torch.uint8)
     data = {
-        "settings": _settings(settings, tensors),
         "late": list(state.late.items()),
         "sizes": [[layer, encode_size(size)] for layer, size in state.sizes.items()],
         "dtypes": {layer: NAMES[dtype] for layer, dtype in state.dtypes.items()},
@@ -55,6 +62,8 @@ def dump(settings: Settings, state: State) -> tuple[Tensors, dict[str, Any]]:
             encode_group(group, f"group/{i}", tensors)
             for i, group in enumerate(state.groups.values())
         ],
+        "besides": encode_besides(state.besides, tensors),
+        "dora": state.dora,
     }
     return tensors, data
 
@@ -71,6 +80,13 @@ def restore(
         )
     own = {k: v for k, v in told.pop("options").items() if k not in ("round", "levels")}
     settings = settings_of(**told, given=own)
+    return settings, restore_state(tensors, data, settings)
+
+
+def restore_state(
+    tensors: Mapping[str, Tensor], data: Mapping[str, Any], settings: Settings
+) -> State:
+    """What `dump_state` was given."""
     sizes: dict[str, Size] = {layer: decode_size(row) for layer, row in data["sizes"]}
     receipts = decode_receipts(tensors)
     kept = data["kept"]
@@ -78,7 +94,7 @@ def restore(
         decode_group(row, f"group/{i}", settings.plan, tensors)
         for i, row in enumerate(data["groups"])
     ]
-    state = State(
+    return State(
         receipts=receipts,
         forms={r.form: r.form for r in receipts.values()},
         late=dict(data["late"]),
@@ -98,8 +114,9 @@ def restore(
         kept_bytes=data["kept_bytes"],
         most=data["most"],
         groups={group.size: group for group in groups},
+        besides=decode_besides(data["besides"], tensors),
+        dora=data["dora"],
     )
-    return settings, state
 
 
 def settings_as_data(settings: Settings) -> dict[str, Any]:
@@ -107,6 +124,21 @@ def settings_as_data(settings: Settings) -> dict[str, Any]:
     tensors: Tensors = {}
     told = _settings(settings, tensors)
     return {**told, "tensors": {name: digest_of_tensor(X) for name, X in tensors.items()}}
+
+
+def differences(settings: Settings, other: Settings) -> list[str]:
+    """What two aggregates were told differently."""
+    mine, theirs = settings_as_data(settings), settings_as_data(other)
+    odd = sorted(key for key in mine if mine[key] != theirs[key] and key != "tensors")
+    return odd or ["tensors"] * (mine != theirs)
+
+
+def check_same(settings: Settings, other: Settings) -> None:
+    """Refuse to merge what was told something else."""
+    if odd := differences(settings, other):
+        raise InputValueError(
+            f"merge: {', '.join(odd)} differ; only aggregates with the same settings add up"
+        )
 
 
 def _settings(settings: Settings, tensors: Tensors) -> dict[str, Any]:
@@ -121,6 +153,7 @@ def _settings(settings: Settings, tensors: Tensors) -> dict[str, Any]:
         "memory_limit": settings.memory_limit,
         "max_rank": settings.door.max_rank,
         "on_bad_client": settings.door.on_bad_client,
+        "dora": settings.dora,
         "options": dict(settings.options),
     }
     return {k: encode_option(v, f"settings/{k}", tensors) for k, v in told.items()}

@@ -18,7 +18,7 @@ from hetlora_agg.streaming.receipts import raw
 
 FORMAT = "hetlora_agg.streaming"
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of what is in the file; raised with every change that older code cannot read."""
 
 NAMES = {
@@ -31,7 +31,9 @@ NAMES = {
 """Dtypes as safetensors spells them."""
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], state: Any) -> Path:
+def write(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], state: Any, format: str = FORMAT
+) -> Path:
     """Writes tensors and a JSON state beside the path and moves them there when complete.
 
     What is at the path is the old file or the new one, whenever the process or the machine stops.
@@ -43,7 +45,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], state: An
     target = as_path(path, "save")
     text = json.dumps(state, sort_keys=True)
     metadata = {
-        "format": FORMAT,
+        "format": format,
         "schema": str(SCHEMA),
         "sha256": checksum(tensors, text),
         "state": text,
@@ -84,7 +86,7 @@ def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
         yield raw(X)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Any]:
+def read(path: str | os.PathLike[str], format: str = FORMAT) -> tuple[dict[str, Tensor], Any]:
     """The tensors and the state of a file that `write` wrote.
 
     Raises:
@@ -100,10 +102,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputValueError(f"{source}: damaged or no checkpoint: {error}; {again}") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != format:
         raise InputValueError(
-            f"{source}: a safetensors file, but no checkpoint of a running aggregate; expected "
-            "what save(path) writes"
+            f"{source}: a safetensors file of format {metadata.get('format')!r}, but no checkpoint "
+            f"of a running aggregate, format {format!r}; expected what save(path) writes"
         )
     if metadata.get("schema") != str(SCHEMA):
         raise InputValueError(

@@ -11,12 +11,14 @@ from hetlora_agg.errors import InputValueError
 from hetlora_agg.linalg import exact_arithmetic
 from hetlora_agg.streaming.added import Added, Commit
 from hetlora_agg.streaming.arriving import Size, Updates, pieces_of
+from hetlora_agg.streaming.besides import Sums, check_dora, check_presence, joined_besides
+from hetlora_agg.streaming.frozen import shared_factor
 from hetlora_agg.streaming.group import Group, by_size
 from hetlora_agg.streaming.limits import edges_of
 from hetlora_agg.streaming.receipts import Id, Receipt, in_order
 from hetlora_agg.streaming.settings import Settings
 from hetlora_agg.streaming.state import State
-from hetlora_agg.streaming.taking import check_room, held, shared_factor
+from hetlora_agg.streaming.taking import check_room, held
 
 
 def merged(settings: Settings, state: State, other: State) -> Commit:
@@ -38,7 +40,13 @@ def merged(settings: Settings, state: State, other: State) -> Commit:
             f"merge: client {twice[0]!r} is in the sums of both, so it would count twice; rebuild "
             "one of them without it"
         )
+    if twice and (state.besides or other.besides):
+        raise InputValueError(
+            f"merge: client {twice[0]!r} is in both, and what adapters hold besides factors is "
+            "summed at once, so it would count twice; rebuild one of them without it"
+        )
     fresh = _joined(settings, state, other)
+    fresh.besides, besides = _joined_besides(settings, state, other)
     new = {id: r for id, r in other.receipts.items() if id not in state.receipts}
     if other.kept is not None:
         theirs = {id: own for id, own in other.kept.items() if id in new}
@@ -55,7 +63,7 @@ def merged(settings: Settings, state: State, other: State) -> Commit:
         commits = _sums(settings, fresh, other.groups)
 
     def commit_all() -> None:
-        for one in commits:
+        for one in [*commits, *besides]:
             one()
         receipts, forms = state.receipts, state.forms
         receipts.update(
@@ -81,6 +89,7 @@ def _joined(settings: Settings, state: State, other: State) -> State:
     if None not in (state.one_layer, other.one_layer) and state.one_layer != other.one_layer:
         raise InputValueError("merge: one side has single updates, the other layers by name")
     fresh.one_layer = other.one_layer if state.one_layer is None else state.one_layer
+    fresh.dora = other.dora if state.dora is None else state.dora
     for layer, size in other.sizes.items():
         known = state.sizes.get(layer, size)
         if known != size:
@@ -100,6 +109,15 @@ def _joined(settings: Settings, state: State, other: State) -> State:
         who = next(iter(other.receipts))
         fresh.common[layer] = shared_factor(settings.door, state.common.get(layer), pair, who)
     return fresh
+
+
+def _joined_besides(settings: Settings, state: State, other: State) -> tuple[Sums, list[Commit]]:
+    """What adapters hold besides factors, of both."""
+    if None not in (state.dora, other.dora):
+        check_dora(bool(other.dora), state.dora, settings.dora, "merge: the other side")
+        theirs = {name: one.key for name, one in other.besides.items()}
+        check_presence(theirs, state.besides, settings.missing, "merge: the other side")
+    return joined_besides(state.besides, other.besides, "merge")
 
 
 def _take(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,19 +28,22 @@ class Form:
         layers: names, in the order sent.
         ranks: the rank in each.
         slots: the slots in each.
+        extras: tensors besides the factors, by their key in files.
     """
 
     layers: tuple[str, ...]
     ranks: tuple[int, ...]
     slots: tuple[tuple[int, ...], ...]
+    extras: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, updates: Mapping[str, ClientUpdate]) -> Form:
+    def of(cls, updates: Mapping[str, ClientUpdate], extras: Iterable[str] = ()) -> Form:
         """The form of one client's updates."""
         return cls(
             tuple(updates),
             tuple(u.rank or 0 for u in updates.values()),
             tuple(tuple(u.slots or ()) for u in updates.values()),
+            tuple(extras),
         )
 
     @cached_property
@@ -113,9 +117,23 @@ def in_order(ids: Iterable[Id]) -> list[Id]:
     return sorted(ids, key=lambda id: id_order(ClientUpdate(None, None, id=id)))
 
 
-def digest_of(updates: Mapping[str, ClientUpdate]) -> str:
-    """SHA-256 of one client's updates; equal for equal bits, whatever strides and layer order."""
+def digest_of(
+    updates: Mapping[str, ClientUpdate],
+    extras: Mapping[str, Tensor] = MappingProxyType({}),
+    factors: Mapping[str, float] = MappingProxyType({}),
+) -> str:
+    """SHA-256 of one client's updates; equal for equal bits, whatever strides and layer order.
+
+    Args:
+        updates: layer -> its update.
+        extras: tensors besides the factors.
+        factors: what each of those is multiplied by.
+    """
     sha = hashlib.sha256()
+    for name, X in sorted(extras.items()):
+        sha.update(repr(("extra", name, factors[name].hex())).encode())
+        sha.update(f"{X.dtype}{tuple(X.shape)}".encode())
+        sha.update(raw(X))
     for layer, u in sorted(updates.items()):
         head = (layer, u.rank, float(u.weight).hex(), float(u.scaling).hex(), u.slots)
         sha.update(repr(head).encode())
@@ -146,7 +164,7 @@ def checked_id(id: Hashable | None) -> Id:
     return id
 
 
-def absent(wanted: Iterable[Id], there: Mapping[Id, Any]) -> str:
+def absent(wanted: Iterable[Id], there: Container[Any]) -> str:
     """The ids that are not there, up to five by name; "" if none."""
     missing = in_order(id for id in wanted if id not in there)
     return _named(missing)
@@ -168,6 +186,31 @@ def pairs_of(
         return
     pairs = source.items() if isinstance(source, Mapping) else source
     yield from ((id, update) for id, update in pairs if id in every)
+
+
+def split(
+    ids: Iterable[Hashable], receipts: Mapping[Id, Receipt]
+) -> tuple[set[Id], dict[Id, Receipt]]:
+    """Who is to be left out, and the receipts of everybody else."""
+    gone = {checked_id(id) for id in ids}
+    if unknown := absent(gone, receipts):
+        raise InputValueError(f"without: never added: {unknown}")
+    return gone, {id: r for id, r in receipts.items() if id not in gone}
+
+
+def check_nobody_lacks(wanted: Iterable[Id], there: Mapping[Id, Any]) -> None:
+    """A source must have everybody who was added."""
+    if missing := absent(wanted, there):
+        raise InputValueError(f"without: the source lacks {missing}, who were added")
+
+
+def check_late(id: Id, round: int, current: int | None, stale: str) -> None:
+    """A client of another round: refused unless it is to be left out."""
+    if stale == "error":
+        raise InputValueError(
+            f"add: client {id!r} trained in round {round}, this is round {current}; leave it "
+            'out with stale="skip", or let it start again from the last result'
+        )
 
 
 def check_content(id: Id, wanted: Receipt, found: Receipt) -> None:

@@ -26,13 +26,19 @@ class Roster:
     Attributes:
         ranks: id -> its rank, or its ranks by layer.
         weights: id -> its weight.
-        known: layer -> every client's shares there, kept for the next client; one for all layers
-            where every rank is one number.
+        known: ranks of everybody in a layer -> their shares, kept for the next client.
+        column: layer -> its key in ``known``.
     """
 
     ranks: dict[Id, Ranks]
     weights: dict[Id, float]
-    known: dict[str, dict[Id, Tensor]] = field(default_factory=dict)
+    known: dict[tuple[int, ...], dict[Id, Tensor]] = field(default_factory=dict)
+    column: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """What every client would ask again, found once."""
+        self._by_layer = any(isinstance(ranks, dict) for ranks in self.ranks.values())
+        self._largest = max(map(self.announced, self.ranks), default=0)
 
     @classmethod
     def read(cls, rows: Iterable[Sequence[Any]]) -> Roster:
@@ -101,14 +107,17 @@ class Roster:
 
     def largest(self) -> int:
         """The largest rank that will come."""
-        return max(map(self.announced, self.ranks))
+        return self._largest
 
     def shares(
         self, entry: MethodEntry, options: Mapping[str, Any], layer: str, missing: str
     ) -> dict[Id, Tensor]:
         """Every client's shares in a layer, ``(r,)`` float64: what the method says of them all."""
-        name = layer if any(isinstance(r, dict) for r in self.ranks.values()) else ""
-        if name not in self.known:
+        name = layer if self._by_layer else ""
+        if name not in self.column:
+            self.column[name] = tuple(self.rank(id, layer) for id in self.ranks)
+        column = self.column[name]
+        if column not in self.known:
             ids = [id for id in in_order(self.ranks) if self.weights[id] > 0]
             if missing != "zero":
                 ids = [id for id in ids if self.rank(id, layer)]
@@ -117,8 +126,8 @@ class Roster:
             _, heard = ask(entry, options, asked)
             first, *others = heard.shares.values()
             assert all(bool((first == other).all()) for other in others)
-            self.known[name] = dict(zip(ids, torch.split(first, ranks), strict=True))
-        return self.known[name]
+            self.known[column] = dict(zip(ids, torch.split(first, ranks), strict=True))
+        return self.known[column]
 
     def without(self, ids: Iterable[Id]) -> list[tuple[Id, Ranks, float]]:
         """The rows of everybody else."""

@@ -8,23 +8,27 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
+
 import hetlora_agg.methods  # noqa: F401  (enters every method in METHODS)
 from hetlora_agg.adapters import Adapter
 from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.registry import Run
 from hetlora_agg.streaming import files
 from hetlora_agg.streaming.added import Commit
-from hetlora_agg.streaming.answering import answer, bound_of
+from hetlora_agg.streaming.answering import answer, bound_of, extras_of
 from hetlora_agg.streaming.arriving import as_layers, read_client
-from hetlora_agg.streaming.checkpoint import dump, restore, settings_as_data
+from hetlora_agg.streaming.checkpoint import check_same, dump, restore
 from hetlora_agg.streaming.merging import merged
 from hetlora_agg.streaming.receipts import (
     Id,
     Receipt,
-    absent,
     check_content,
+    check_late,
+    check_nobody_lacks,
     checked_id,
     pairs_of,
+    split,
     was_added,
 )
 from hetlora_agg.streaming.settings import Settings, settings_of, without_rows
@@ -49,10 +53,11 @@ class RunningAggregate:
             keep one sum of products per level.
         missing: what a client counts for in a layer it did not send, as in `aggregate_layers`.
         stale: "error" for a client of another round, or "skip" to leave it out.
-        memory_limit: bytes that the state may take. Sums of products that do not fit are kept as
-            the leading components of a truncated sum; ``.bound`` says what that lost.
+        memory_limit: bytes that the state may take, besides the moment when clients become sums and
+            both are there. Sums of products that do not fit are truncated; see ``.bound``.
         max_rank: refuse clients that declare more, as in `aggregate`.
         on_bad_client: "error" for NaN, Inf or a rank above ``max_rank``, or "drop".
+        dora: "error" refuses DoRA adapters, "mean" averages their magnitudes apart.
         **options: the method's own; state such as ``previous=`` is a mapping by layer where
             clients send layers.
 
@@ -85,12 +90,13 @@ class RunningAggregate:
         memory_limit: int | None = None,
         max_rank: int | Mapping[Hashable, int] | None = None,
         on_bad_client: str = "error",
+        dora: str = "error",
         **options: Any,
     ) -> None:
         """Ask the method what it needs; nothing large is allocated."""
         self._settings = settings_of(
             method, round, roster, levels, missing, stale, memory_limit, max_rank, on_bad_client,
-            options,
+            options, dora,
         )  # fmt: skip
         self._state = State()
         self._broken: str | None = None
@@ -109,7 +115,8 @@ class RunningAggregate:
 
         Args:
             update: a `ClientUpdate` or a tuple as `aggregate` takes it; a mapping of such by layer
-                name; an `adapters.Adapter`; or a PEFT state dict.
+                name; an `adapters.Adapter`; or a PEFT state dict. What an adapter holds besides
+                factors is averaged with the same weights: see `extras`.
             id: a string or an integer, one for every client.
             round: the round that the client trained in, if it says so.
             weight: of an adapter or a state dict; None is 1.
@@ -128,9 +135,11 @@ class RunningAggregate:
         state, settings = self._whole(), self._settings
         id = checked_id(id)
         if round is not None and round != settings.round:
-            return self._late(id, round)
-        layers = as_layers(update, id, weight, scaling, config)
-        arriving = read_client(layers, id, settings.door)
+            check_late(id, round, settings.round, settings.stale)
+            state.late[id] = round
+            return False
+        layers, besides = as_layers(update, id, weight, scaling, config)
+        arriving = read_client(layers, id, settings.door, besides)
         if was_added(id, arriving.receipt, state.receipts):
             return False
         self._apply(taken(settings, state, {id: arriving}))
@@ -146,11 +155,7 @@ class RunningAggregate:
         if not isinstance(other, RunningAggregate):
             raise InputTypeError(f"merge: expected a RunningAggregate, got {type(other).__name__}")
         state, theirs = self._whole(), other._whole()
-        mine, others = settings_as_data(self._settings), settings_as_data(other._settings)
-        if odd := sorted(key for key in mine if mine[key] != others[key]):
-            raise InputValueError(
-                f"merge: {', '.join(odd)} differ; only aggregates with the same settings add up"
-            )
+        check_same(self._settings, other._settings)
         if other is self:
             return
         self._apply(merged(self._settings, state, theirs))
@@ -169,6 +174,17 @@ class RunningAggregate:
         Cost: the method's on one matrix of full rank per layer, once clients are summed.
         """
         return answer(self._settings, self._whole())
+
+    def extras(self) -> dict[str, Tensor]:
+        """The weighted means of what adapters held besides factors, by key as in files.
+
+        Biases have the scaling in them; the base model's own tensors are as they were sent.
+        `as_adapters` makes adapters of these and of the results.
+
+        Raises:
+            InputValueError: as `result`; nobody of positive weight has one of them.
+        """
+        return {name: X for name, (_, X) in extras_of(self._settings, self._whole()).items()}
 
     @property
     def bound(self) -> Any:
@@ -207,28 +223,23 @@ class RunningAggregate:
 
         Args:
             ids: clients to leave out.
-            source: id -> update, as a mapping, pairs in any order, or a function; state dicts as
-                adapters.
+            source: id -> update, as a mapping, pairs or a function; state dicts as adapters.
 
         Returns:
             The new one; this one stays as it is.
 
         Raises:
-            InputTypeError, InputValueError: an id that was never added; a client that is missing
-                from the source, or comes with other content.
+            InputTypeError, InputValueError: an id never added; a client that the source lacks, or
+                has with other content.
         """
         state = self._whole()
-        gone = {checked_id(id) for id in ids}
-        if unknown := absent(gone, state.receipts):
-            raise InputValueError(f"without: never added: {unknown}")
+        gone, wanted = split(ids, state.receipts)
         new = RunningAggregate._of(without_rows(self._settings, gone))
-        wanted = {id: r for id, r in state.receipts.items() if id not in gone}
         for id, update in pairs_of(source, wanted):
             own = wanted[id].weight if isinstance(update, Adapter) else None
             new.add(update, id=id, weight=own)
             check_content(id, wanted[id], new.receipts[id])
-        if missing := absent(wanted, new.receipts):
-            raise InputValueError(f"without: the source lacks {missing}, who were added")
+        check_nobody_lacks(wanted, new.receipts)
         return new
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -287,14 +298,3 @@ class RunningAggregate:
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             raise
-
-    def _late(self, id: Id, round: int) -> bool:
-        """A client of another round: refused or left out, as was said."""
-        current = self._settings.round
-        if self._settings.stale == "error":
-            raise InputValueError(
-                f"add: client {id!r} trained in round {round}, this is round {current}; leave it "
-                'out with stale="skip", or let it start again from the last result'
-            )
-        self._state.late[id] = round
-        return False

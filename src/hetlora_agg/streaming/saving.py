@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hetlora_agg.adapters.keys import Key
 from hetlora_agg.errors import InputValueError
 from hetlora_agg.streaming.added import Added, Arrival
 from hetlora_agg.streaming.arriving import Size, Updates
+from hetlora_agg.streaming.besides import BesidesSum
 from hetlora_agg.streaming.bounded import Bounded
 from hetlora_agg.streaming.group import Group
 from hetlora_agg.streaming.plan import Plan
@@ -79,16 +81,16 @@ def encode_receipts(receipts: Mapping[Id, Receipt], tensors: Tensors) -> None:
     rows = [
         [id, r.digest, r.weight, index[r.form], r.norms, r.excluded] for id, r in receipts.items()
     ]
-    text = json.dumps([[[f.layers, f.ranks, f.slots] for f in forms], rows])
+    text = json.dumps([[[f.layers, f.ranks, f.slots, f.extras] for f in forms], rows])
     tensors["receipts"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def decode_receipts(tensors: Mapping[str, Tensor]) -> dict[Id, Receipt]:
     """What `encode_receipts` was given."""
-    listed, rows = json.loads(bytes(tensors["receipts"].tolist()))
+    listed, rows = json.loads(bytes(tensors["receipts"].numpy()))
     forms = [
-        Form(tuple(layers), tuple(ranks), tuple(map(tuple, slots)))
-        for layers, ranks, slots in listed
+        Form(tuple(layers), tuple(ranks), tuple(map(tuple, slots)), tuple(extras))
+        for layers, ranks, slots, extras in listed
     ]
     return {
         id: Receipt(digest, weight, forms[form], tuple(map(tuple, norms)), excluded)
@@ -127,6 +129,33 @@ def decode_updates(
         }
         for k, (id, layers) in enumerate(rows)
     }
+
+
+def encode_besides(sums: Mapping[str, BesidesSum], tensors: Tensors) -> list[Any]:
+    """Sums of what adapters hold besides factors; raw bytes, since not all are floats."""
+    rows = []
+    for i, (name, one) in enumerate(sums.items()):
+        kind = None
+        if one.value is not None:
+            kind = str(one.value.dtype).removeprefix("torch.")
+            tensors[f"besides/{i}"] = one.value.contiguous().reshape(-1).view(torch.uint8)
+        dtype = None if one.dtype is None else str(one.dtype).removeprefix("torch.")
+        key = [one.key.part, one.key.path, one.key.name, one.key.prefix, one.key.module]
+        rows.append([name, key, one.shape, one.averaged, dtype, one.exponent, kind])
+    return rows
+
+
+def decode_besides(rows: Sequence[Any], tensors: Mapping[str, Tensor]) -> dict[str, BesidesSum]:
+    """What `encode_besides` was given."""
+    sums = {}
+    for i, (name, key, shape, averaged, dtype, exponent, kind) in enumerate(rows):
+        value = None
+        if kind is not None:
+            # Bytes of a file may lie anywhere; a wider dtype wants its own boundaries.
+            value = tensors[f"besides/{i}"].clone().view(getattr(torch, kind)).reshape(shape)
+        kept = None if dtype is None else getattr(torch, dtype)
+        sums[name] = BesidesSum(Key(*key), tuple(shape), averaged, kept, exponent, value)
+    return sums
 
 
 def encode_size(size: Size) -> list[Any]:

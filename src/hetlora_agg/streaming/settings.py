@@ -18,6 +18,9 @@ from hetlora_agg.streaming.receipts import Id
 from hetlora_agg.streaming.roster import Roster
 from hetlora_agg.types import AggregationResult, LowRank
 
+DORA = ("error", "mean")
+"""What becomes of DoRA's magnitudes."""
+
 STALE = ("error", "skip")
 """What becomes of clients of another round."""
 
@@ -37,6 +40,7 @@ class Settings:
         door: how clients are read.
         roster: who will come, or None.
         plan: how clients are added up.
+        dora: what becomes of DoRA's magnitudes.
     """
 
     entry: MethodEntry
@@ -49,6 +53,7 @@ class Settings:
     door: Door
     roster: Roster | None
     plan: Plan
+    dora: str = "error"
 
 
 def settings_of(
@@ -62,6 +67,7 @@ def settings_of(
     max_rank: int | Mapping[Hashable, int] | None,
     on_bad_client: str,
     given: Mapping[str, Any],
+    dora: str = "error",
 ) -> Settings:
     """Everything checked, and the method asked what it needs of clients.
 
@@ -83,6 +89,7 @@ def settings_of(
     check_streamable(entry, options)
     check_choice("missing", missing, MISSING)
     check_choice("stale", stale, STALE)
+    check_choice("dora", dora, DORA)
     check_choice("on_bad_client", on_bad_client, ("drop", "error"))
     if memory_limit is not None:
         memory_limit = as_integer(memory_limit, "memory_limit=", at_least=1)
@@ -95,7 +102,9 @@ def settings_of(
         max_rank,
         on_bad_client,
     )
-    return Settings(entry, options, round, levels, missing, stale, memory_limit, door, known, plan)
+    return Settings(
+        entry, options, round, levels, missing, stale, memory_limit, door, known, plan, dora
+    )
 
 
 def rostered(entry: MethodEntry, options: Mapping[str, Any], roster: Roster) -> Plan:

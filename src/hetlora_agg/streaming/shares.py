@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hetlora_agg.components import Components
+from hetlora_agg.components import BLOCK, Components
 from hetlora_agg.errors import InputValueError
 from hetlora_agg.linalg import norms
 from hetlora_agg.streaming.added import (
@@ -158,25 +158,35 @@ class Shares:
     def _ratios(self, share: Tensor, label: Tensor, labels: int) -> Tensor:
         """Share per mass, one number for everything that was added up together."""
         share = share.cpu()
-        mass = scaled(share if self.mass is None else self.mass.cpu(), self.exponent)
-        if self.mass is not None and self.added.plan.mass in ("norm", "layer norm"):
-            one = scaled(torch.ones((), dtype=torch.float64), self.exponent)
-            mass = torch.where(self.mass.cpu() > 0, mass, one)
+        mass = share if self.mass is None else self.mass.cpu()
         shape = max((share.shape, mass.shape, label.shape), key=len)
         share, mass, label = share.expand(shape), mass.expand(shape), label.expand(shape)
-        zeros = torch.zeros(*share.shape[:-1], labels, dtype=torch.float64)
-        top = torch.where(mass > 0, share, 0.0)
-        sums = zeros.scatter_add(-1, label, top), zeros.scatter_add(-1, label, mass)
-        d = torch.where(sums[1] > 0, sums[0] / sums[1], 0.0)
-        apart = (share - d.gather(-1, label) * mass).abs()
-        if bool((apart > AGREEMENT * share.abs().amax(-1, keepdim=True)).any()):
-            raise InputValueError(
-                "result: what a client counts for depends on the others in a way that was not "
-                "known when they were added; give every client's rank and weight beforehand with "
-                "roster="
-            )
+        tops, sums = torch.zeros(2, *shape[:-1], labels, dtype=torch.float64)
+        # Block by block: of ten thousand clients every whole array is some megabytes.
+        blocks = [torch.split(X, BLOCK, -1) for X in (share, mass, label)]
+        for own, m, of in zip(*blocks, strict=True):
+            counted = self._counted(m)
+            tops.scatter_add_(-1, of, torch.where(counted > 0, own, 0.0))
+            sums.scatter_add_(-1, of, counted)
+        d = torch.where(sums > 0, tops / sums, 0.0)
+        most = AGREEMENT * share.abs().amax(-1, keepdim=True)
+        for own, m, of in zip(*blocks, strict=True):
+            if bool(((own - d.gather(-1, of) * self._counted(m)).abs() > most).any()):
+                raise InputValueError(
+                    "result: what a client counts for depends on the others in a way that was not "
+                    "known when they were added; give every client's rank and weight beforehand "
+                    "with roster="
+                )
         device = self.layers.device
         return d.to(device)
+
+    def _counted(self, mass: Tensor) -> Tensor:
+        """What components were multiplied by, relative to ``2^exponent``; 1 where that is 0."""
+        counted = scaled(mass, self.exponent)
+        if self.mass is not None and self.added.plan.mass in ("norm", "layer norm"):
+            one = scaled(torch.ones((), dtype=torch.float64), self.exponent)
+            counted = torch.where(mass > 0, counted, one)
+        return counted
 
     def _chosen(self, one: LowRank, factor: Tensor) -> LowRank:
         return LowRank(self._of(one.A), factor[..., None, None] * self._of(one.B))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hetlora_agg.streaming.arriving import Size, Updates
+from hetlora_agg.streaming.besides import BesidesSum
 from hetlora_agg.streaming.group import Group
 from hetlora_agg.streaming.receipts import Form, Id, Receipt
 
@@ -30,6 +31,8 @@ class State:
         kept_bytes: what they take.
         most: largest rank of truncated sums; None for exact ones.
         groups: size -> sums over the layers of that size.
+        besides: sums of what adapters hold besides factors, by key as in files.
+        dora: whether clients are DoRA adapters; None before the first.
     """
 
     receipts: dict[Id, Receipt] = field(default_factory=dict)
@@ -45,6 +48,8 @@ class State:
     kept_bytes: int = 0
     most: int | None = None
     groups: dict[Size, Group] = field(default_factory=dict)
+    besides: dict[str, BesidesSum] = field(default_factory=dict)
+    dora: bool | None = None
 
     @property
     def order(self) -> list[str]:
@@ -62,4 +67,5 @@ class State:
         """Everything large that is held."""
         kept = [X for own in (self.kept or {}).values() for u in own.values() for X in (u.A, u.B)]
         sums = [X for group in self.groups.values() for X in group.added.tensors()]
-        return kept + sums + [rows for rows, _ in self.common.values()]
+        held = [one.value for one in self.besides.values() if one.value is not None]
+        return kept + sums + held + [rows for rows, _ in self.common.values()]

@@ -14,7 +14,7 @@ from hetlora_agg.errors import InputValueError
 from hetlora_agg.intake import Folding, Intake
 from hetlora_agg.layers import layer_state, layer_streams, stack_layers, take_apart
 from hetlora_agg.registry import MethodEntry
-from hetlora_agg.running import Batch, folding_of, run
+from hetlora_agg.running import ALONE, Batch, Others, folding_of, run
 from hetlora_agg.streaming.asking import Question, ask
 from hetlora_agg.streaming.group import Group
 from hetlora_agg.streaming.plan import Plan
@@ -63,8 +63,10 @@ class Sums:
     first: Mapping[str, Tensor]
 
 
-def results_of(sums: Sums, order: Sequence[str]) -> dict[str, AggregationResult]:
-    """Layer -> the method's result, in the given order of layers.
+def results_of(
+    sums: Sums, order: Sequence[str], others: Others = ALONE
+) -> dict[str, AggregationResult]:
+    """Layer -> the method's result, in the given order of layers; others may have further ones.
 
     Raises:
         InputValueError: whatever the method has against these clients.
@@ -86,7 +88,7 @@ def results_of(sums: Sums, order: Sequence[str]) -> dict[str, AggregationResult]
         batches.append(Batch(_summed(sums, group, layers, folding), {**plain, **own, **drawn}))
     refused: dict[Hashable, str] = {id: r.excluded for id, r in sums.receipts.items() if r.excluded}
     results: dict[str, AggregationResult] = {}
-    ran = run(sums.entry, batches, "error", refused)
+    ran = run(sums.entry, batches, "error", refused, others)
     for layers, batch, result in zip(names, batches, ran, strict=True):
         assert isinstance(batch.intake, Summed)
         error = lost(batch.intake.c.sums, result)

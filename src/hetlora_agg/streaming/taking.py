@@ -8,13 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hetlora_agg.errors import InputTypeError, InputValueError, MemoryLimitError
+from hetlora_agg.errors import InputTypeError, MemoryLimitError
 from hetlora_agg.linalg import exact_arithmetic
 from hetlora_agg.streaming.added import Commit
 from hetlora_agg.streaming.arriving import (
     ONE,
     Arriving,
-    Door,
     Piece,
     Size,
     Updates,
@@ -23,6 +22,8 @@ from hetlora_agg.streaming.arriving import (
     pieces_of,
 )
 from hetlora_agg.streaming.asking import Question, ask
+from hetlora_agg.streaming.besides import bytes_of, check_dora, check_presence, taken_besides
+from hetlora_agg.streaming.frozen import share_factor
 from hetlora_agg.streaming.group import Group, Masses, by_size
 from hetlora_agg.streaming.limits import (
     bytes_of_sums,
@@ -54,6 +55,7 @@ def taken(settings: Settings, state: State, clients: Mapping[Id, Arriving]) -> C
     )
     forms, receipts = {}, {}
     coming: list[Coming] = []
+    besides: list[Commit] = []
     for id, arriving in clients.items():
         receipt = arriving.receipt
         _check(settings, fresh, id, arriving)
@@ -61,9 +63,12 @@ def taken(settings: Settings, state: State, clients: Mapping[Id, Arriving]) -> C
         forms[form], receipts[id] = form, replace(receipt, form=form)
         if receipt.counts:
             coming.append((id, receipt, arriving.pieces))
-            _share_factor(settings.door, fresh, id, arriving.pieces)
+            share_factor(settings.door, fresh, id, arriving.pieces)
+        at = f"add: client {id!r}"
+        fresh.besides, more = taken_besides(fresh.besides, arriving.besides, receipt, at)
+        besides += more
     sent = {id: arriving.sent for id, arriving in clients.items()}
-    commits = held(settings, fresh, coming, sent)
+    commits = [*held(settings, fresh, coming, sent), *besides]
 
     def commit() -> None:
         for one in commits:
@@ -78,7 +83,11 @@ def taken(settings: Settings, state: State, clients: Mapping[Id, Arriving]) -> C
 
 def _check(settings: Settings, fresh: State, id: Id, arriving: Arriving) -> None:
     """The client against those before it, whose layers and dtypes it joins."""
-    receipt, roster = arriving.receipt, settings.roster
+    receipt, roster, besides = arriving.receipt, settings.roster, arriving.besides
+    check_dora(besides.dora, fresh.dora, settings.dora, f"add: client {id!r}")
+    if fresh.dora is not None:
+        check_presence(besides.keys, fresh.besides, settings.missing, f"add: client {id!r}")
+    fresh.dora = besides.dora
     one = ONE in arriving.updates
     if fresh.one_layer not in (None, one):
         raise InputTypeError(
@@ -103,47 +112,6 @@ def _check(settings: Settings, fresh: State, id: Id, arriving: Arriving) -> None
             check_accepted(settings.entry, settings.options, slots, donor)
             fresh.accepted.add(slots)
         check_parts(settings.plan, settings.levels, id, receipt.form)
-
-
-def _share_factor(door: Door, fresh: State, id: Id, pieces: Sequence[Piece]) -> None:
-    """A frozen factor must be that of everybody before, bit for bit."""
-    if not door.folding.common:
-        return
-    for piece in pieces:
-        X = (piece.A if door.folding.unscaled == "A" else piece.B.mT).double()
-        width = 1 + max(piece.slots)
-        at = torch.tensor(piece.slots, device=X.device)
-        for name, own in zip(piece.names, X, strict=True):
-            rows = own.new_zeros(*own.shape[:-2], width, own.shape[-1])
-            filled = torch.zeros(width, dtype=torch.bool, device=X.device)
-            rows[..., at, :], filled[at] = own, True
-            fresh.common[name] = shared_factor(door, fresh.common.get(name), (rows, filled), id)
-
-
-def shared_factor(
-    door: Door, known: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor], id: Id
-) -> tuple[Tensor, Tensor]:
-    """Two clients' frozen factor as one, or the error that names the slot."""
-    if known is None:
-        return own
-    width = max(len(known[1]), len(own[1]))
-    (rows, filled), (more, also) = (_padded(pair, width) for pair in (known, own))
-    differ = (rows != more).any(-1).reshape(-1, width).any(0) & filled & also
-    if bool(differ.any()):
-        factor = f"lora_{door.folding.unscaled}"
-        raise InputValueError(
-            f"method {door.folding.method!r}: client {id!r}: {factor} in slot "
-            f"{int(differ.nonzero()[0])} is not that of the clients before; expected one {factor} "
-            "on all clients, frozen while they train; freeze it, or use a method that averages "
-            "both, such as 'rb' or 'zeropad'"
-        )
-    return torch.where(filled.unsqueeze(-1), rows, more), filled | also
-
-
-def _padded(pair: tuple[Tensor, Tensor], width: int) -> tuple[Tensor, Tensor]:
-    pad = torch.nn.functional.pad
-    more = width - len(pair[1])
-    return pad(pair[0], (0, 0, 0, more)), pad(pair[1], (0, more))
 
 
 def held(
@@ -229,13 +197,26 @@ def masses_of(settings: Settings, id: Id, receipt: Receipt) -> Masses:
 def room(settings: Settings, fresh: State) -> float:
     """Bytes below which everybody is kept."""
     sums = _bytes(settings, fresh, _parts(settings))
-    return sums if settings.memory_limit is None else min(sums, settings.memory_limit)
+    limit = limit_of(settings, fresh)
+    return sums if limit is None else min(sums, limit)
+
+
+def limit_of(settings: Settings, fresh: State) -> int | None:
+    """What full-size tensors leave of the limit for factors."""
+    limit, taken = settings.memory_limit, bytes_of(fresh.besides)
+    if limit is not None and taken >= limit:
+        raise MemoryLimitError(
+            f"memory_limit={limit:.3g}: sums of tensors besides the factors take {taken} bytes; "
+            "raise the limit"
+        )
+    return None if limit is None else limit - taken
 
 
 def check_room(settings: Settings, fresh: State) -> None:
     """Refuse layers or slots for which there is no room beside the sums that are there."""
-    limit = settings.memory_limit
-    if limit is None:
+    limit = limit_of(settings, fresh)
+    # Who holds the sums of some layers alone may hold those of none.
+    if limit is None or not fresh.sizes:
         return
     parts, largest = _parts(settings), _largest(settings, fresh)
     if fresh.most is not None:
@@ -254,7 +235,7 @@ def check_room(settings: Settings, fresh: State) -> None:
 def largest_rank_kept(settings: Settings, fresh: State) -> int | None:
     """The rank of truncated sums where exact ones do not fit, else None."""
     limit, parts = (
-        settings.memory_limit,
+        limit_of(settings, fresh),
         len(edges_of(settings.plan, settings.levels, settings.entry)),
     )
     if limit is None or _needed(settings, fresh, parts) <= limit:
