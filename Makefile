@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 THREADS ?= 2
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz thorough test-integrations lint docs bench bench-full mutants seeds results tables clean
+.PHONY: demo test fuzz thorough test-integrations lint docs bench bench-full study study-quick study-full mutants seeds results tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hetlora-agg simulate --methods all --out demo --force
@@ -58,6 +58,10 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[bench]'
 	touch $@
 
+$(VENV)/.study: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[study]'
+	touch $@
+
 $(VENV)/.mutants: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[mutants]'
 	touch $@
@@ -78,6 +82,21 @@ bench-full: $(VENV)/.bench
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.bench_adapters
 	$(BIN)/python -m benchmarks.plots
 
+# A few minutes' look at the study; it replaces no result.
+study-quick: $(VENV)/.study
+	$(BIN)/python -m benchmarks.study.runs --quick --workers $(THREADS)
+	$(BIN)/python -m benchmarks.study.results --quick
+
+# Every method in training, and the ablations on the smaller data set; an hour or two on two cores.
+# Interrupted, it goes on where it was. study-full: the ablations on both data sets.
+study: $(VENV)/.study
+	$(BIN)/python -m benchmarks.study.runs --workers $(THREADS)
+	$(BIN)/python -m benchmarks.study.results
+
+study-full: $(VENV)/.study
+	$(BIN)/python -m benchmarks.study.runs --full --workers $(THREADS)
+	$(BIN)/python -m benchmarks.study.results
+
 # Every property of the tests under thirty seeds; the better part of an hour on one core.
 seeds: $(VENV)/.test
 	$(BIN)/python -m benchmarks.bench_seeds $(THREADS)
@@ -95,6 +114,9 @@ results: bench-full mutants seeds $(VENV)/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_published
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_inflation
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_robustness
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_streaming
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.plots_streaming
 	$(BIN)/python docs/tables.py
 
 tables: $(VENV)/.test

@@ -1,141 +1,80 @@
-"""Ten thousand clients through a running aggregate: throughput, memory, error.
+"""Ten thousand clients through a running aggregate: throughput, memory, error, checkpoints.
 
-``python -m benchmarks.bench_streaming`` writes ``results/streaming.json`` and
-``docs/img/streaming.png``. Clients of ranks 4 to 64 are made when their turn comes, from a seed of
-their own. ``clients``: for every model and method, seconds by number of clients with a fitted power
-law, the error of the sum against long doubles, and the peak of processes that take few and many
-clients; ``products``: adding buffered components to the dense sum next to the bare product of that
-shape. ``--quick`` takes few clients and small layers, and writes nothing.
+``python -m benchmarks.bench_streaming`` writes ``results/streaming.json``; ``python -m
+benchmarks.plots_streaming`` draws it. Clients of ranks 4 to 64 are made when their turn comes, from
+a seed of their own. Seconds are processor time of one thread, so that other processes on the
+machine do not count; every part runs in a process of its own. An interrupted run goes on where it
+was if neither library nor benchmarks have changed. ``--quick`` takes few clients and small layers,
+and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import os
+import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import Connection
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from benchmarks import streaming_costs as costs
+from benchmarks.bench_drivers import code_state
 from benchmarks.bench_scaling import fit
-from benchmarks.memory import limit_threads
-from benchmarks.plots import COLOURS, IMAGES, MARKERS
-from benchmarks.timing import interleaved, record
-from hetlora_agg import ClientUpdate
+from benchmarks.streaming_clients import (
+    LLAMA,
+    MINILM,
+    Model,
+    Stream,
+    Watched,
+    client,
+    distance,
+    tiny,
+)
+from benchmarks.streaming_process import every, forget_peak, resident, seconds
+from benchmarks.timing import record
+from hetlora_agg import ClientUpdate, aggregate_layers
 from hetlora_agg.streaming import RunningAggregate
-from hetlora_agg.streaming.added import Added, Arrival, accumulate
-from hetlora_agg.streaming.plan import Plan
-from hetlora_agg.types import LowRank
 
-RANKS = tuple(range(4, 65, 4))
-"""Ranks of the clients, in turns."""
+MODELS = {"MiniLM": MINILM, "one layer of Llama-8B": LLAMA}
 
-SAMPLED = 24
-"""Rows and columns of every layer that are followed in long doubles."""
-
-MOST_GROWTH, LEAST_RATE, MOST_ERROR = 1.2, 0.6, 1e-10
-"""The targets: peak memory of many clients over that of few, rate of products over the bare
-product's, error over Σ p_k ‖B_k‖ ‖A_k‖."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is adapted.
-
-    Attributes:
-        what: in words.
-        sizes: (out_features, in_features) of every layer.
-        clients: how many.
-        few: with how many their memory is compared.
-    """
-
-    what: str
-    sizes: tuple[tuple[int, int], ...]
-    clients: int
-    few: int = 100
-
-
-MODELS = {
-    "MiniLM": Model("6 layers, q and v, 384×384", ((384, 384),) * 12, 10_000),
-    "one layer of Llama-8B": Model(
-        "1 of 32 layers, q 4096×4096 and v 1024×4096", ((4096, 4096), (1024, 4096)), 1_000
+STREAMS = {
+    "MiniLM": (
+        Stream("flora", watched="products"),
+        Stream("flexlora", options={"rank": 64}),
+        Stream("rb", "roster"),
+        Stream("rb", "levels"),
+        Stream("rbla", watched="factors"),
+        Stream("hetlora"),
+    ),
+    "one layer of Llama-8B": (
+        Stream("flora", watched="products"),
+        Stream("rbla", watched="factors"),
     ),
 }
+"""Sums of products and of factors, and what a method adds to them."""
 
-RUNS = (
-    ("MiniLM", "flora"),
-    ("MiniLM", "rbla"),
-    ("one layer of Llama-8B", "flora"),
-)
-"""Products and factors; the sums of flora are those of flexlora and, by level, of rb."""
+SMALL, RECEIPTS = replace(MINILM, what="one layer of 64×64", sizes=((64, 64),)), 20_000
+"""A layer so small that what is kept of every client shows beside its sums."""
 
+FEW = 100
+"""With how many clients the memory of many is compared."""
 
-def quick(model: Model) -> Model:
-    """The same with layers of at most 512 and few clients."""
-    sizes = tuple((min(out, 512), min(columns, 512)) for out, columns in model.sizes)
-    return replace(model, sizes=sizes, clients=400)
+ONE_SHOT = 1_000
+"""Clients that one call takes at once, for its result to be compared with."""
 
+LAYERS, LAYERS_CLIENTS = (1, 2, 8, 32), 100
+"""Layers of Llama-8B, and how many clients: just more than are kept whole."""
 
-def client(model: Model, k: int) -> dict[str, ClientUpdate]:
-    """Client number k, the same whenever it is asked for."""
-    g = torch.Generator().manual_seed(k)
-    r = RANKS[k % len(RANKS)]
-    return {
-        f"layers.{i}": ClientUpdate(
-            torch.randn(r, columns, generator=g) / columns**0.5,
-            torch.randn(out, r, generator=g) / r**0.5,
-            weight=1 + k % 97,
-            scaling=1.0,
-        )
-        for i, (out, columns) in enumerate(model.sizes)
-    }
+TRUNCATED, TRUNCATED_CLIENTS = (2, 4), 160
+"""Ranks of truncated states over the largest client's, and how many clients they take."""
 
-
-class Watched:
-    """Some rows and columns of every layer's sum, in long doubles.
-
-    Attributes:
-        products: whether the products are summed, or the factors by slot.
-    """
-
-    def __init__(self, model: Model, products: bool) -> None:
-        """Nothing was added yet."""
-        self.products, self.size = products, 0.0
-        self.sums: dict[str, Any] = {f"layers.{i}": 0.0 for i in range(len(model.sizes))}
-        self.weight = np.zeros(max(RANKS), dtype=np.longdouble)
-
-    def add(self, update: Mapping[str, ClientUpdate]) -> None:
-        """One client, weights as they are."""
-        for name, u in update.items():
-            B, A = u.B[:SAMPLED].numpy(), u.A[:, :SAMPLED].numpy()
-            B, A = (X.astype(np.longdouble) for X in (B, A))
-            if self.products:
-                self.sums[name] = self.sums[name] + u.weight * (B @ A)
-            else:
-                wide = np.zeros((2, max(RANKS), SAMPLED), dtype=np.longdouble)
-                wide[0, : A.shape[0]], wide[1, : A.shape[0]] = u.weight * A, u.weight * B.T
-                self.sums[name] = self.sums[name] + wide
-            self.size += float(u.weight * np.linalg.norm(u.B) * np.linalg.norm(u.A))
-        self.weight[: u.A.shape[0]] += u.weight
-
-    def error(self, results: Mapping[str, Any]) -> float:
-        """Frobenius distance of what was watched from the result, over the size of everything."""
-        square = 0.0
-        for name, result in results.items():
-            A, B = (X.double().numpy() for X in (result.A, result.B))
-            found = B[:SAMPLED] @ A[:, :SAMPLED]
-            if self.products:
-                exact = self.sums[name] / self.weight[0]
-            else:
-                rows, columns = self.sums[name] / self.weight[None, :, None]
-                exact = columns.T @ rows
-            square += float(np.square(found - exact).sum())
-        return square**0.5 / (self.size / float(self.weight[0]))
+MOST_GROWTH, LEAST_RATE, MOST_ERROR = 1.2, 0.6, 1e-10
+"""The targets: peak memory of all clients over that of few, rate of adding over the machine's
+matrix product, error."""
 
 
 def marks_of(clients: int) -> list[int]:
@@ -144,158 +83,210 @@ def marks_of(clients: int) -> list[int]:
     return [n for n in steps if n < clients] + [clients]
 
 
-def stream(model: Model, method: str) -> dict[str, Any]:
-    """Seconds by number of clients, of `add` alone, and the error of the result."""
-    running, watched = RunningAggregate(method), Watched(model, method == "flora")
-    marks, seconds, points = marks_of(model.clients), 0.0, []
+def streamed(model: Model, stream: Stream) -> dict[str, Any]:
+    """Seconds in `add` and peak of the process by number of clients, error, checkpoint."""
+    small = replace(model, sizes=SMALL.sizes, clients=200)
+    _fill(RunningAggregate(stream.method, **stream.settings(small)), small).result()
+    running = RunningAggregate(stream.method, **stream.settings(model))
+    watched = Watched(model, stream.watched) if stream.watched else None
+    marks, taken, points = marks_of(model.clients), 0.0, []
+    resting = highest = forget_peak()
     for k in range(model.clients):
         update = client(model, k)
-        start = time.perf_counter()
-        running.add(update, id=k)
-        seconds += time.perf_counter() - start
-        watched.add(update)
-        if k + 1 in marks:
-            points.append({"clients": k + 1, "seconds": seconds, "state": running.state_bytes})
-    # In float64, or the cast of the result to the clients' float32 is all that would be seen.
-    running._state.dtypes = dict.fromkeys(running._state.dtypes, torch.float64)
-    start = time.perf_counter()
-    results = running.result()
-    taken = time.perf_counter() - start
+        took, _ = seconds(lambda update=update, k=k: running.add(update, id=k))  # type: ignore
+        taken += took
+        if watched:
+            watched.add(update)
+        if k + 1 not in marks:
+            continue
+        point = {"clients": k + 1, "seconds": taken, "state": running.state_bytes}
+        # A roster's result is an error as long as somebody is missing.
+        if k + 1 in (FEW, 1_000, model.clients) and stream.how != "roster":
+            point["result"], _ = seconds(running.result)
+        # The system's count is a few pages late, so it may seem to fall.
+        highest = max(highest, resident())
+        points.append(point | {"peak": highest})
+        print(stream.label, point, flush=True)
     xs, ys = ([point[key] for point in points] for key in ("clients", "seconds"))
+    few, many = (next(p["peak"] for p in points if p["clients"] == n) for n in (FEW, xs[-1]))
+    checkpoint = costs.checkpoint(running)
     return {
         "points": points,
-        "fit": fit(xs, ys, min(100, model.clients / 4)),
-        "result_seconds": taken,
-        "error": watched.error(results),
-        "bound": max(float(bound) for bound in running.bound.values()),
+        "fit": fit(xs, ys, FEW),
+        "resting": resting,
+        # A few pages of small layers may all have been there before.
+        "growth": {
+            "peak": many / few,
+            "above": (many - resting) / (few - resting) if few > resting else None,
+        },
+        "error": _error(running, watched) if watched else None,
+        "checkpoint": checkpoint,
     }
 
 
-def peak(model: Model, method: str, clients: int) -> dict[str, int]:
-    """Peak of a process of its own that takes that many clients: in all, and above the start."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    arguments = (there, model, method, clients, torch.get_num_threads())
-    process = context.Process(target=_peak, args=arguments, daemon=True)
-    process.start()
-    there.close()
-    try:
-        found: dict[str, int] = here.recv()
-    finally:
-        process.join()
-    return found
+def _fill(running: RunningAggregate, model: Model) -> RunningAggregate:
+    for k in range(model.clients):
+        running.add(client(model, k), id=k)
+    return running
 
 
-def _peak(pipe: Connection, model: Model, method: str, clients: int, threads: int) -> None:
-    limit_threads(threads)
-    small = replace(model, sizes=((64, 64),))
-    # Every library's own buffers are there before it counts.
-    for one, count in ((small, 200), (model, clients)):
-        if one is model:
-            Path("/proc/self/clear_refs").write_text("5")
-            resting = _resident("VmRSS")
-        running = RunningAggregate(method)
-        for k in range(count):
-            running.add(client(one, k), id=k)
-        running.result()
-    whole = _resident("VmHWM")
-    pipe.send({"peak": whole, "above": whole - resting})
+def _error(running: RunningAggregate, watched: Watched) -> dict[str, float]:
+    # In float64, or the cast of the result to the clients' float32 is all that would be seen.
+    running._state.dtypes = dict.fromkeys(running._state.dtypes, torch.float64)
+    results = running.result()
+    scale = watched.size / float(watched.weight[0])
+    root = sum(float(bound) ** 2 for bound in running.bound.values()) ** 0.5
+    return {"watched": watched.error(results), "bound": root / scale}
 
 
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
-
-
-def products(model: Model, budget: float) -> dict[str, Any]:
-    """Adding clients of 64 components together to the dense sum, next to the bare product."""
-    out, columns = model.sizes[0]
-    layers = sum(size == model.sizes[0] for size in model.sizes)
-    ranks, g = (8, 16, 40), torch.Generator().manual_seed(0)
-    shape = (layers, out, columns)
-    added = Added(Plan(frozenset({"stack"}), "weight", "all"), shape)
-    arrivals = [
-        Arrival(
-            torch.randn(layers, r, columns, generator=g),
-            torch.randn(layers, out, r, generator=g),
-            torch.full((layers, r), 3.0, dtype=torch.float64),
-            tuple(range(r)),
-        )
-        for r in ranks
-    ]
-    total = torch.zeros(shape, dtype=torch.float64)
-    A = torch.cat([a.A for a in arrivals], -2).double()
-    B = torch.cat([a.B for a in arrivals], -1).double()
-    runs = {
-        "added": lambda: added.prepared(arrivals)(),
-        "product": lambda: accumulate(total, LowRank(A, B)),
-    }
-    seconds = interleaved(runs, 15, budget)
-    flops = 2 * layers * out * columns * sum(ranks)
+def one_shot(model: Model, stream: Stream) -> dict[str, Any]:
+    """Distance of the streamed result from that of one call on the same float64 clients."""
+    updates: dict[str, list[ClientUpdate]] = {}
+    running = RunningAggregate(stream.method, **stream.settings(model))
+    for k in range(model.clients):
+        one = client(model, k, torch.float64)
+        running.add(one, id=k)
+        for layer, u in one.items():
+            updates.setdefault(layer, []).append(u)
+    took, found = seconds(running.result)
+    once, exact = seconds(lambda: aggregate_layers(updates, stream.method, **stream.options))
     return {
-        "shape": [layers, out, columns, sum(ranks)],
-        "seconds": seconds,
-        "gflops": {name: flops / s["median"] / 1e9 for name, s in seconds.items()},
-        "rate": seconds["product"]["median"] / seconds["added"]["median"],
+        "clients": model.clients,
+        "error": distance(found, exact),
+        "result": took,
+        "one_shot": once,
+        "peak": resident(),
+        "how": running._state.how,
     }
 
 
-def draw(results: Mapping[str, Any]) -> Any:
-    """Seconds and peak memory against the number of clients."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for i, row in enumerate(results["clients"]):
-        label = f"{row['model']}, {row['method']}"
-        x = [point["clients"] for point in row["points"]]
-        y = [point["seconds"] for point in row["points"]]
-        exponent = row["fit"]["exponent"]
-        style = {"color": COLOURS[i], "marker": MARKERS[i]}
-        left.plot(x, y, label=f"{label}: exponent {exponent:.2f}", **style)
-        ends = sorted(row["peak"], key=int)
-        peaks = [row["peak"][n]["peak"] / 1e6 for n in ends]
-        right.plot([int(n) for n in ends], peaks, label=label, **style)
-    for axes, what in ((left, "seconds in add"), (right, "peak of the process, MB")):
-        axes.set(xscale="log", yscale="log", xlabel="clients", ylabel=what)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    return figure
+def by_layers(model: Model, layers: int) -> dict[str, Any]:
+    """All of a model's layers: seconds, state, peak and checkpoint."""
+    resting = forget_peak()
+    running = RunningAggregate("flora")
+    whole, taken = replace(model, sizes=model.sizes * layers), 0.0
+    for k in range(model.clients):
+        update = client(whole, k)
+        took, _ = seconds(lambda update=update, k=k: running.add(update, id=k))  # type: ignore
+        taken += took
+    del update
+    return {
+        "layers": layers,
+        "seconds": taken,
+        "state": running.state_bytes,
+        "peak": resident(),
+        "resting": resting,
+        "how": running._state.how,
+        "checkpoint": costs.checkpoint(running),
+    }
 
 
-def measure(short: bool) -> dict[str, Any]:
-    """Everything."""
-    models = {name: quick(model) if short else model for name, model in MODELS.items()}
-    rows = []
-    for name, method in RUNS:
-        model = models[name]
-        row = {"model": name, "method": method, **stream(model, method)}
-        row["peak"] = {n: peak(model, method, n) for n in (model.few, model.clients)}
-        few, many = (row["peak"][n] for n in (model.few, model.clients))
-        row["growth"] = {key: many[key] / few[key] for key in few}
-        rows.append(row)
-        print(name, method, {k: v for k, v in row.items() if k != "points"}, flush=True)
-    rates = {name: products(model, 2.0 if short else 20.0) for name, model in models.items()}
-    print(rates, flush=True)
+def truncated(model: Model, times: int) -> dict[str, Any]:
+    """A truncated sum next to the exact one: true error, its bound, seconds."""
+    rank = times * max(model.ranks)
+    numbers = sum(out + columns + 1 for out, columns in model.sizes)
+    limit = 16 * rank * numbers + 16 * len(model.sizes)
+    exact, small = (RunningAggregate("flora", memory_limit=m) for m in (None, limit))
+    spent = {"exact": 0.0, "truncated": 0.0}
+    for k in range(model.clients):
+        update = client(model, k, torch.float64)
+        for name, running in (("exact", exact), ("truncated", small)):
+            took, _ = seconds(lambda r=running, u=update, k=k: r.add(u, id=k))  # type: ignore
+            spent[name] += took
+    results, found = exact.result(), small.result()
+    norm = sum(float((r.B @ r.A).norm()) ** 2 for r in results.values()) ** 0.5
+    bound = sum(float(b) ** 2 for b in small.bound.values()) ** 0.5
+    return {
+        "rank": small._state.most,
+        "clients": model.clients,
+        "limit": limit,
+        "state": {"exact": exact.state_bytes, "truncated": small.state_bytes},
+        "seconds": spent,
+        "error": distance(found, results),
+        "bound": bound / norm,
+        "checkpoint": costs.checkpoint(small),
+    }
+
+
+def parts(quick: bool) -> dict[str, tuple[Any, ...]]:
+    """Name -> function and arguments of everything that is measured."""
+    models = {name: tiny(model) if quick else model for name, model in MODELS.items()}
+    todo: dict[str, tuple[Any, ...]] = {
+        "product": (costs.matrix_product, 512 if quick else 4096),
+        "receipts": (costs.receipts, replace(SMALL, clients=1_000 if quick else RECEIPTS)),
+    }
+    for name, model in models.items():
+        todo[f"products: {name}"] = (costs.products, model)
+        for stream in STREAMS[name]:
+            todo[f"stream: {name}: {stream.label}"] = (streamed, model, stream)
+    for stream in STREAMS["MiniLM"]:
+        fewer = replace(models["MiniLM"], clients=40 if quick else ONE_SHOT)
+        todo[f"one shot: {stream.label}"] = (one_shot, fewer, stream)
+    llama = models["one layer of Llama-8B"]
+    several = replace(llama, clients=150 if quick else LAYERS_CLIENTS)
+    for layers in LAYERS[:2] if quick else LAYERS:
+        todo[f"layers: {layers}"] = (by_layers, several, layers)
+    for times in TRUNCATED:
+        fewer = replace(llama, clients=40 if quick else TRUNCATED_CLIENTS)
+        todo[f"truncated: {times}"] = (truncated, fewer, times)
+    for size in (64, 128) if quick else costs.SIZES:
+        todo[f"result: {size}"] = (costs.decomposition, size)
+    return todo
+
+
+def assembled(found: Mapping[str, Any], quick: bool) -> dict[str, Any]:
+    """What was found, by kind, with fits and targets."""
+    models = {name: tiny(model) if quick else model for name, model in MODELS.items()}
+
+    def rows(kind: str) -> list[Any]:
+        return [row for name, row in found.items() if name.partition(": ")[0] == kind]
+
+    layers, results = rows("layers"), rows("result")
     return {
         "models": {name: asdict(model) for name, model in models.items()},
-        "clients": rows,
-        "products": rates,
+        "clients": [
+            {
+                "model": name,
+                "method": stream.label,
+                "flops": model.flops if stream.watched != "factors" else None,
+                **found[f"stream: {name}: {stream.label}"],
+            }
+            for name, model in models.items()
+            for stream in STREAMS[name]
+        ],
+        "one_shot": [
+            {"method": stream.label, **found[f"one shot: {stream.label}"]}
+            for stream in STREAMS["MiniLM"]
+        ],
+        "product": found["product"],
+        "products": {name: found[f"products: {name}"] for name in models},
+        "layers": layers,
+        "layers_fit": fit([r["layers"] for r in layers], [r["seconds"] for r in layers], 1),
+        "truncated": rows("truncated"),
+        "decomposition": results,
+        "decomposition_fit": fit(
+            [r["size"] for r in results], [r["seconds"] for r in results], results[-2]["size"]
+        ),
+        "receipts": found["receipts"],
         "targets": {"growth": MOST_GROWTH, "rate": LEAST_RATE, "error": MOST_ERROR},
     }
 
 
 def main() -> None:
-    """Measure, write, draw."""
+    """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few clients; writes nothing")
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
-    limit_threads(given.threads)
-    results = measure(given.quick)
-    if not given.quick:
-        record("streaming", results)
-        draw(results).savefig(IMAGES / "streaming.png")
+    quick = parser.parse_args().quick
+    # Before any process starts: BLAS reads it when it is loaded.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    so_far = Path(tempfile.gettempdir()) / f"hetlora_agg-streaming-{code_state()}.json"
+    start = time.perf_counter()
+    results = assembled(every(parts(quick), None if quick else so_far), quick)
+    print(f"{(time.perf_counter() - start) / 60:.0f} minutes")
+    if not quick:
+        print(record("streaming", results))
+        so_far.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

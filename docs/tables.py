@@ -30,7 +30,9 @@ from benchmarks import (  # noqa: E402
     report_mutants,
     report_published,
     report_robustness,
+    report_streaming,
     report_theory,
+    streaming_million,
 )
 from benchmarks.report import markdown  # noqa: E402
 from docs import decisions  # noqa: E402
@@ -46,6 +48,7 @@ PAGES = (
     "docs/claims.md",
     "docs/rank-inflation.md",
     "docs/robustness.md",
+    "docs/scaling.md",
 )
 
 
@@ -190,6 +193,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **report_adapters.TABLES,
     **report_inflation.TABLES,
     **report_robustness.TABLES,
+    **report_streaming.TABLES,
+    **streaming_million.TABLES,
     **decisions.TABLES,
 }
 
