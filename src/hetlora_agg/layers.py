@@ -167,7 +167,7 @@ def admit_layers(
     refused: dict[Hashable, str] = {}
     for _, _, above in checked.values():
         refused = {**above, **refused}
-    numpy = all(numpy for _, numpy, _ in checked.values())
+    numpy = all(others.hear("numpy", all(numpy for _, numpy, _ in checked.values())))
     return _complete(read, missing, others), numpy, refused
 
 

@@ -178,6 +178,19 @@ def test_a_result_arrives_with_all_its_parts(monkeypatch):
                     assert (Y == X).all()
 
 
+def test_arrays_come_back_where_all_processes_sent_arrays(monkeypatch):
+    def work(rank, tensors):
+        A, B = torch.ones(1, 4), torch.ones(3, 1)
+        sent = (A, B) if tensors and rank else (A.numpy(), B.numpy())
+        own = {"qv"[rank]: [sent]} if rank < 2 else {}
+        return [type(r.A) for r in distributed.aggregate_layers(own).values()]
+
+    arrays = results_of(monkeypatch, 3, lambda rank: work(rank, False))
+    assert arrays == [[np.ndarray], [np.ndarray], []]
+    mixed = results_of(monkeypatch, 3, lambda rank: work(rank, True))
+    assert mixed == [[torch.Tensor], [torch.Tensor], []]
+
+
 def test_rare_parts_of_a_result_arrive(monkeypatch):
     layers, _ = model("flexlora")
     result = aggregate_layers(layers, "flexlora")["q"]

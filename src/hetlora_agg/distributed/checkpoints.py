@@ -31,7 +31,7 @@ def save(running: RunningAggregate, folder: str | os.PathLike[str], *, group: An
 
     Args:
         running: this process's; see `RunningAggregate.save`.
-        folder: one that all processes see; made if it is not there. One job has it to itself.
+        folder: one that all processes see; made if it is not there. One group has it to itself.
         group: a process group of ``torch.distributed``; None is everybody.
 
     Returns:
