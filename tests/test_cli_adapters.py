@@ -339,6 +339,13 @@ def test_targets_in_the_way_are_refused_before_anything_is_written(shelf, tmp_pa
             assert main(["aggregate", "--from", str(shelf), *targets, *more]) == 2, targets
             assert re.search(match, error_of(capsys)), targets
         assert sorted(shelf.parent.rglob("*")) == before
+    # Next adapters would take the place of links to the clients.
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "one").symlink_to(shelf / "car")
+    run = ["aggregate", str(links / "one"), "-o", out, "--per-client-out", str(links), "--force"]
+    assert main([*run, "--dry-run"]) == 2
+    assert "holds the folder of an input" in error_of(capsys)
     # A checkpoint may lie where nobody looks for clients, hidden results too.
     run = ["aggregate", "--from", str(shelf), "--checkpoint", str(shelf / "state")]
     assert main([*run, "-o", str(shelf / ".out")]) == 0

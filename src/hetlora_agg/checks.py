@@ -68,8 +68,9 @@ def as_fraction(value: Any, what: str) -> float:
 
 
 def as_list(values: Any, what: str) -> list[Any]:
-    """The values as a list; a string or a single number is none."""
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+    """The values as a list; a string or a single number is none, a set has no order."""
+    unordered = isinstance(values, (set, frozenset))
+    if unordered or isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise InputTypeError(f"{what}: expected a list, got {shown(values)}")
     try:
         return list(values)

@@ -220,6 +220,20 @@ def test_clients_are_written_all_or_none(clients, tmp_path, monkeypatch):
     assert contents(out) != before
 
 
+def test_two_clients_of_one_folder_name_are_refused(tmp_path, clients):
+    outcome = aggregate_adapters({1: clients[0], "1": clients[1]})
+    with pytest.raises(InputValueError, match="clients 1 and '1': both have the folder '1'"):
+        outcome.write_clients(tmp_path / "next")
+    assert not (tmp_path / "next").exists()
+
+
+def test_a_link_is_called_by_its_own_name(tmp_path, clients):
+    links = [tmp_path / name for name in ("one", "two")]
+    for link, folder in zip(links, clients, strict=True):
+        link.symlink_to(folder)
+    assert list(aggregate_adapters(links).clients) == ["one", "two"]
+
+
 def test_an_empty_folder_for_clients_needs_force_too(clients, tmp_path):
     outcome = aggregate_adapters(clients)
     (tmp_path / "next").mkdir()

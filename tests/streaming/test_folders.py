@@ -378,6 +378,28 @@ def test_the_same_folder_twice(place, tmp_path):
     assert len(found.clients) == 9
 
 
+def test_a_link_is_called_by_its_own_name(tmp_path, monkeypatch):
+    for k, name in enumerate(("phone", "tablet")):
+        written(tmp_path / "store" / str(k) / "adapter", k)
+        (tmp_path / "clients").mkdir(exist_ok=True)
+        (tmp_path / "clients" / name).symlink_to(tmp_path / "store" / str(k) / "adapter")
+    weights = {"tablet": 3.0, "phone": 1.0}
+    found = aggregate_folders(tmp_path / "clients", weights, "flexlora", rank="full")
+    assert list(found.clients) == ["phone", "tablet"]
+    real = {name: tmp_path / "store" / str(k) / "adapter" for k, name in enumerate(found.clients)}
+    wanted = aggregate_adapters(real, weights, "flexlora", rank="full")
+    assert_near(found, wanted)
+    # What is named by the way to it alone is called what it is.
+    monkeypatch.chdir(tmp_path / "store" / "0" / "adapter")
+    assert list(aggregate_folders(["."]).clients) == ["adapter"]
+    assert list(aggregate_folders(["../../1/adapter/."]).clients) == ["adapter"]
+    (tmp_path / "store" / "0" / "adapter" / "deeper").mkdir()
+    assert list(aggregate_folders(["deeper/.."]).clients) == ["adapter"]
+    for paths in (["a\0b"], {"phone": "a\0b"}):
+        with pytest.raises(InputValueError, match="expected a path, got a NUL"):
+            aggregate_folders(paths, on_bad_folder="skip")
+
+
 def test_two_folders_of_one_name(place, tmp_path):
     paths = [*sorted(place.iterdir()), copy(place, "c003", tmp_path / "again" / "c003")]
     with pytest.raises(InputValueError, match="both called 'c003' and have the same tensors"):
@@ -456,6 +478,7 @@ def test_weights_and_ranks_go_by_folder_though_some_are_skipped(place):
         {"on_bad_folder": "drop"}, {"on_duplicate": "drop"}, {"missing": "x"}, {"dora": "x"},
         {"on_bad_client": "x"}, {"every": -1.0}, {"every": "x"}, {"checkpoint": 3},
         {"method": "rbb"}, {"flor": 1}, {"checkpoint": "/nonexistent/folder/s"},
+        {"memory_limit": "2e9"}, {"memory_limit": 2e9}, {"memory_limit": 0},
     ],
 )  # fmt: skip
 def test_what_is_told_wrongly(told, place):

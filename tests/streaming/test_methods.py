@@ -41,6 +41,23 @@ def test_sums_give_the_one_shot_result(name):
     assert_same(running.result(), one_shot(name, clients, **options), clients)
 
 
+@pytest.mark.parametrize("name", [n for n in STREAMING if "mixed_ranks" in METHODS[n].claims])
+def test_layers_of_one_size_may_differ_in_rank(name):
+    # Their sums lie side by side, as wide as the widest, or as a client that counts for nothing.
+    clients = clients_for(name)
+    for k, own in enumerate(clients):
+        u = own["k"]
+        if k == 2:
+            clients[k] = {layer: replace(one, weight=0) for layer, one in own.items()}
+        elif u.A.shape[0] > 1:
+            half = u.A.shape[0] // 2
+            clients[k] = own | {"k": replace(u, A=u.A[:half], B=u.B[:, :half])}
+    running = filled(name, clients, **levels_for(name))
+    assert running._state.kept is None
+    options = levels_for(name) if name == "raflora" else {}
+    assert_same(running.result(), one_shot(name, clients, **options), clients)
+
+
 @pytest.mark.parametrize("name", STREAMING)
 def test_kept_clients_give_the_one_shot_result_bit_for_bit(name):
     clients = clients_for(name, count=2, dtype=torch.float32, sizes={"q": (40, 50)}, ranks=[4, 4])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hetlora_agg.adapters.adapter import Adapter
+from hetlora_agg.adapters.calling import name_of
 from hetlora_agg.adapters.combining import by_client, combine
 from hetlora_agg.adapters.files import as_folder, read_adapter
 from hetlora_agg.adapters.outcome import AggregatedAdapters
@@ -175,12 +176,11 @@ def _by_id(paths: Any) -> dict[Hashable, Path]:
         folders = {}
         real: dict[str, Path] = {}
         for folder in listed:
-            # "." and "x/.." have a name of their own only when resolved.
             where = os.path.realpath(folder)
             if where in real:
                 raise InputValueError(f"paths: {folder} is given twice; give every client once")
             real[where] = folder
-            name = os.path.basename(where)
+            name = name_of(folder)
             if name in folders:
                 raise InputValueError(
                     f"paths: {folders[name]} and {folder} are both called {name!r}; pass a mapping "

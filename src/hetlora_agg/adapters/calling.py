@@ -198,10 +198,27 @@ def _entries(paths: Any) -> list[tuple[Hashable, Path]]:
             raise InputValueError(f"paths: {directory}: no such folder of clients' folders")
         paths = subfolders(directory)
     if isinstance(paths, Mapping):
-        return [(id, as_folder(path, f"client {id!r}")) for id, path in paths.items()]
-    listed = [as_folder(path, "paths") for path in as_list(paths, "paths")]
-    # "." and "x/.." have a name of their own only when resolved.
-    return [(os.path.basename(os.path.realpath(folder)), folder) for folder in listed]
+        return [(id, _as_path(path, f"client {id!r}")) for id, path in paths.items()]
+    listed = [_as_path(path, "paths") for path in as_list(paths, "paths")]
+    return [(name_of(folder), folder) for folder in listed]
+
+
+def _as_path(path: Any, what: str) -> Path:
+    """The path as a `Path` that a system could take."""
+    folder = as_folder(path, what)
+    if "\0" in str(folder):
+        raise InputValueError(f"{what}: {str(folder)!r}: expected a path, got a NUL in it")
+    return folder
+
+
+def name_of(folder: Path) -> str:
+    """What a folder is called where it is named: a link by its own name.
+
+    "." and "x/.." have a name of their own only when resolved.
+    """
+    if folder.name in ("", ".."):
+        return os.path.basename(os.path.realpath(folder))
+    return folder.name
 
 
 def _by_entry(given: Any, ids: list[Hashable], what: str, read: Any) -> list[Any] | None:

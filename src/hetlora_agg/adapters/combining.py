@@ -251,8 +251,9 @@ def by_client(given: Any, clients: Sequence[Hashable], what: str) -> dict[Hashab
         unknown = [client for client in given if client not in known]
         if odd or unknown:
             raise InputValueError(
-                f"{what}: expected one entry for each of {listed(clients)}, "
-                + (f"none for {listed(odd)}" if odd else f"got {listed(unknown)} besides")
+                f"{what}: expected one entry for each of {listed(clients)}"
+                + (f", none for {listed(odd)}" if odd else "")
+                + (f", got {listed(unknown)} besides" if unknown else "")
             )
         return {client: given[client] for client in clients}
     values = as_list(given, what)

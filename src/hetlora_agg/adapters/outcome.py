@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,11 +118,12 @@ class AggregatedAdapters:
             force: replace adapters that are there; other clients' stay.
 
         Raises:
-            InputValueError: as `client`; the folder is there, or one in it is an input's.
+            InputValueError: as `client`; the folder is there, or one in it is an input's; an id that
+                is no name for a folder, or two that are the same.
         """
         out = as_folder(folder, "write_clients")
         real = {os.path.realpath(path): path for path in folders_of(self.clients)}
-        targets = {id: out / _folder_name(id) for id in self.clients}
+        targets = {id: out / name for id, name in _folder_names(self.clients).items()}
         for id, own in headers_of(self.clients).items():
             check_cut(own, self.results, self._rank(id))
             # Only who is in the way: everybody against everybody else would be quadratic.
@@ -208,6 +209,19 @@ def _left_out(result: AggregationResult) -> float | None:
         return None
     tail, norm = float(known.tail), float(known.norm)
     return (tail / norm) ** 2 if norm > 0 else 0.0
+
+
+def _folder_names(ids: Iterable[Hashable]) -> dict[Hashable, str]:
+    """Every client's folder; 1 and "1" cannot both have one."""
+    owners: dict[str, Hashable] = {}
+    for id in ids:
+        other = owners.setdefault(_folder_name(id), id)
+        if other is not id:
+            raise InputValueError(
+                f"clients {other!r} and {id!r}: both have the folder {str(id)!r}; give them other "
+                "ids, or write each with write_adapter(path, outcome.client(id))"
+            )
+    return {id: name for name, id in owners.items()}
 
 
 def _folder_name(id: Hashable) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hetlora_agg import ClientUpdate, InputValueError
 from hetlora_agg.adapters import Adapter, read_adapter
+from hetlora_agg.adapters.calling import name_of
 
 
 def add_folders(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +94,7 @@ def read_all(folders: Sequence[Path]) -> dict[str, Adapter]:
     """Every folder's adapter by the folder's name; nothing but headers is read."""
     adapters: dict[str, Adapter] = {}
     for folder in folders:
-        name = folder.resolve().name
+        name = name_of(folder)
         if name in adapters:
             raise InputValueError(
                 f"{folder}: another client's folder is called {name!r} too; names are the clients' "

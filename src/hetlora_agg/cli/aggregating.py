@@ -25,9 +25,8 @@ from hetlora_agg.cli.adapters import (
 )
 from hetlora_agg.cli.gathering import add_clients, folders_of
 from hetlora_agg.cli.targets import check_targets
-from hetlora_agg.registry import check_options
 from hetlora_agg.streaming import aggregate_folders
-from hetlora_agg.streaming.folders import ARITHMETIC
+from hetlora_agg.streaming.folders import check_own
 
 FLAGS = {
     "paths": "ADAPTER … or --from",
@@ -164,8 +163,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 def _plan(folders: list[Path], arguments: argparse.Namespace) -> dict[str, Any]:
     """What would be done, from headers alone."""
     entry = resolve(arguments.method)
-    own = {k: v for k, v in _options(arguments).items() if k not in (*ARITHMETIC, *LIMITS)}
-    check_options(entry, own)
+    check_own(entry, {k: v for k, v in _options(arguments).items() if k not in LIMITS})
     policies = (arguments.on_bad_folder, arguments.on_duplicate)
     ranks = arguments.client_ranks
     roll = call_roll(folders, arguments.weights, ranks, *policies, None)

@@ -15,7 +15,7 @@ from hetlora_agg.adapters.roll import Roll, one_of_each
 from hetlora_agg.checks import as_integer, as_number, check_choice
 from hetlora_agg.errors import HetLoRAError, InputValueError
 from hetlora_agg.layers import MISSING
-from hetlora_agg.registry import Run, check_options, resolve
+from hetlora_agg.registry import MethodEntry, Run, check_options, resolve
 from hetlora_agg.streaming.arriving import as_layers, read_client
 from hetlora_agg.streaming.choosing import roster_of, streams, takes_roster
 from hetlora_agg.streaming.files import as_path
@@ -113,7 +113,7 @@ def aggregate_folders(
         AggregatedAdapters(1 layers, 2 clients, rank 2)
     """
     entry = resolve(method)
-    check_options(entry, {k: v for k, v in options.items() if k not in ARITHMETIC})
+    check_own(entry, options)
     check_choice("missing", missing, MISSING)
     check_choice("dora", dora, DORA)
     check_choice("on_bad_client", on_bad_client, ("drop", "error"))
@@ -139,6 +139,11 @@ def aggregate_folders(
     idle = [f"{k}=: has no effect on clients that are added up" for k in options if k not in own]
     outcome = outcome_of(running, roll, _wanted(roll), one_of_each(roll), [*roll.notes, *idle])
     return replace(outcome, excluded=(*roll.excluded.items(), *outcome.excluded))
+
+
+def check_own(entry: MethodEntry, options: Mapping[str, Any]) -> None:
+    """Refuse options that neither the method nor the arithmetic has."""
+    check_options(entry, {k: v for k, v in options.items() if k not in ARITHMETIC})
 
 
 def _at_once(

@@ -138,7 +138,7 @@ def _deferred(active: bool) -> Iterator[Callable[[], None]]:
     if not active or threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    before = {n: own for n in SIGNALS if callable(own := signal.getsignal(n))}
+    before = {int(n): own for n in SIGNALS if callable(own := signal.getsignal(n))}
     came: list[int] = []
     waiting: list[int] = []
 

@@ -110,12 +110,14 @@ class Shares:
         for i, key in enumerate(keys):
             if key not in self.added.rows and key not in self.more.rows:
                 continue
-            rows, columns = self._sum("rows", key, -2), self._sum("columns", key, -1)
+            # A group is as wide as its widest layer, or as a client of weight 0.
+            rows = self._sum("rows", key, -2)[..., :width, :]
+            columns = self._sum("columns", key, -1)[..., :width]
             factor = d[..., i, : rows.shape[-2]]
             A = wider(A, factor.unsqueeze(-1) * rows, -2)
             B = wider(B, factor.unsqueeze(-2) * columns, -1)
-            size_A = wider(size_A, factor * self._size("rows", key), -1)
-            size_B = wider(size_B, factor * self._size("columns", key), -1)
+            size_A = wider(size_A, factor * self._size("rows", key)[..., :width], -1)
+            size_B = wider(size_B, factor * self._size("columns", key)[..., :width], -1)
         if A is None or B is None or size_A is None or size_B is None:
             raise InputValueError("no client is left; pass at least one with a positive weight")
         if self.first is not None:
