@@ -118,8 +118,8 @@ class AggregatedAdapters:
             force: replace adapters that are there; other clients' stay.
 
         Raises:
-            InputValueError: as `client`; the folder is there, or one in it is an input's; an id that
-                is no name for a folder, or two that are the same.
+            InputValueError: as `client`; the folder is there, or one in it is an input's; an id
+                that is no name for a folder, or two of one name.
         """
         out = as_folder(folder, "write_clients")
         real = {os.path.realpath(path): path for path in folders_of(self.clients)}
