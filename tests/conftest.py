@@ -1,7 +1,9 @@
 """Hypothesis profiles: `ci` by default; HYPOTHESIS_PROFILE=thorough, or fresh for other seeds."""
 
 import os
+import signal
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -16,3 +18,13 @@ if not torch.cuda.is_available():
 
 # Workers share the cores; one thread each keeps them out of each other's way.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def usual_signals():
+    """Python's own handlers: whatever started the tests may have the signals ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, own) for number, own in usual.items()}
+    yield
+    for number, own in before.items():
+        signal.signal(number, own)

@@ -136,7 +136,9 @@ def by_command(sent, tmp_path):
         f"--weights={','.join(str(u.weight) for u in sent.updates)}",
     ]
     for name, value in (sent.options or {}).items():
-        command += ["--option", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+        text = value if isinstance(value, str) else json.dumps(value)
+        own = name == "memory_limit"
+        command += ["--memory-limit", text] if own else ["--option", f"{name}={text}"]
     run_command(command)
     written = read_adapter(tmp_path / "out").factors(LAYER)
     return dense(written)

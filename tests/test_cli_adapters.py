@@ -424,6 +424,7 @@ def test_names_that_the_output_cannot_spell(folders, tmp_path, monkeypatch):
     assert b"k\\xe4fer: no adapter_config.json" in stdout.buffer.getvalue()
 
 
+@pytest.mark.usefixtures("usual_signals")
 def test_sigterm_saves_and_cleans_up(folders, tmp_path, capsys, monkeypatch):
     from hetlora_agg.streaming import RunningAggregate
 

@@ -565,6 +565,7 @@ def test_killed_anywhere_and_taken_up_again_is_uninterrupted(tmp_path, capsys, m
     capsys.readouterr()
 
 
+@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("method", ["rb", "hetlora"])
 def test_ctrl_c_saves_first(method, shelf, tmp_path, capsys, monkeypatch):
     root, _ = shelf
