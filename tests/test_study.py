@@ -13,7 +13,7 @@ from scipy.stats import bootstrap
 from torch import nn
 
 from benchmarks.study import plan as plans
-from benchmarks.study import results, runs, vision
+from benchmarks.study import results, runs, text, vision
 from benchmarks.study.contenders import COMPOSED, CONTENDERS, MAIN
 from benchmarks.study.plan import Configuration
 from benchmarks.study.statistics import (
@@ -95,7 +95,7 @@ def test_a_plan_can_be_run(name):
     assert len({c.id for c in plan}) == len(plan)
     for c in plan:
         assert c.setting in runs.FEDERATIONS
-        assert c.data in vision.DATA
+        assert c.data in {"vision": vision.DATA, "text": text.DATA}[c.setting]
         Settings(**c.settings, seed=c.seeds[0])
         assert c.clients in VARIANTS
         assert not set(c.seeds) & set(plans.TUNING_SEEDS)
@@ -165,6 +165,25 @@ def test_a_run_that_breaks_is_named_and_holds_nobody_up(tmp_path, counted):
     ]
     assert "ZeroDivisionError: broken" in broken[0]
     assert {c.label for c, _ in runs.missing(plan, tmp_path)} == {"flora"}
+
+
+def test_what_is_not_installed_is_said_once(tmp_path, monkeypatch, capsys):
+    def execute(c, seed):
+        if c.label == "rb":
+            raise FileNotFoundError("expected sentences, do: make study")
+        return {"accuracy": [0.5, 0.1]}
+
+    monkeypatch.setattr(runs, "execute", execute)
+    plan = [configuration("rb", seeds=(0, 1, 2)), configuration("zeropad")]
+    monkeypatch.setattr(runs, "PLANS", {"study": lambda: plan})
+    monkeypatch.setattr(runs, "STUDY", tmp_path)
+    assert runs.main(["--workers", "1"]) == 1
+    said = capsys.readouterr().err.rstrip().splitlines()
+    assert said[-2:] == [
+        "vision/digits/trial/rb/0 and 2 more",
+        "expected sentences, do: make study",
+    ]
+    assert len(runs.load(plan[1], tmp_path)) == 2
 
 
 def test_records_of_another_configuration_are_not_taken(tmp_path, counted):

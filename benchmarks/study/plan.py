@@ -18,7 +18,7 @@ FEW_SEEDS = SEEDS[:5]
 """Of ablations and long runs."""
 
 TUNING_SEEDS = (100, 101, 102)
-"""What the transformer, its adapters and the learning rates were chosen on."""
+"""What the transformers, their adapters and the learning rates were chosen on."""
 
 RANKS = (2, 2, 2, 4, 4, 4, 8, 8, 16, 16)
 """Of the ten clients."""
@@ -28,6 +28,15 @@ BASE: Mapping[str, Mapping[str, Any]] = {
     "mnist_5k": {"ranks": RANKS, "rounds": 15, "local_epochs": 1, "learning_rate": 0.01},
 }
 """Data set of the vision setting -> its federation's settings but the seed."""
+
+TEXT: Mapping[str, Mapping[str, Any]] = {
+    "vader_corpora": {"ranks": (2, 4, 8, 16)},
+    "vader_dirichlet": {"ranks": RANKS},
+}
+"""Data set of the text setting -> the ranks of its clients; alphas are in `exchange.ALPHAS`."""
+
+TEXT_BASE = {"rounds": 5, "local_epochs": 1, "learning_rate": 0.003}
+"""What federations of text have in common."""
 
 EQUAL = {"ranks": (8,) * 10}
 RANK_DISTRIBUTIONS: Mapping[str, tuple[int, ...]] = {
@@ -89,17 +98,18 @@ Plan = list[Configuration]
 
 
 def study() -> Plan:
-    """Every method on both data sets of images, and the ablations on the smaller one."""
+    """Every method on both data sets of images, the ablations on the smaller one, and text."""
     return [
         *(c for data in BASE for c in [*main(data), *equal_ranks(data), *few_rounds(data)]),
         *long_runs("digits"),
         *ablations("digits"),
+        *texts(),
     ]
 
 
 def full() -> Plan:
-    """The study, with long runs and ablations on both data sets."""
-    return [*study(), *long_runs("mnist_5k"), *ablations("mnist_5k")]
+    """The study, with long runs and ablations on both data sets, and thirty clients on text."""
+    return [*study(), *long_runs("mnist_5k"), *ablations("mnist_5k"), *thirty_clients()]
 
 
 def quick() -> Plan:
@@ -149,6 +159,37 @@ def ablations(data: str) -> Plan:
         *_settings(data, "participation", {"0.3": {"participation": 0.3}}),
         *_settings(data, "skew", {f"{d:g}": {"dirichlet": d} for d in DIRICHLETS}),
         *_settings(data, "rate", {f"{rate:g}": {"learning_rate": rate} for rate in RATES}),
+    ]
+
+
+def texts() -> Plan:
+    """The main methods on sentences: in the usual rounds, and in three of more local training.
+
+    What the first round gave is in either record.
+    """
+    few = {"rounds": 3, "local_epochs": 2 * TEXT_BASE["local_epochs"]}
+    return [
+        *(c for data, own in TEXT.items() for c in _texts(data, "main", own)),
+        *(c for data, own in TEXT.items() for c in _texts(data, "few", {**own, **few})),
+    ]
+
+
+def thirty_clients() -> Plan:
+    """The same sentences, split to thirty."""
+    return _texts("vader_dirichlet", "main", {"ranks": 3 * RANKS}, "30 clients")
+
+
+def _texts(data: str, group: str, settings: Mapping[str, Any], case: str = "") -> Plan:
+    """The main methods, FLoRA in both forms, with adapters that travel as PEFT files."""
+    settings = {**TEXT_BASE, **settings}
+    return [
+        Configuration(
+            *("text", data, group, label, settings),
+            clients="peft files",
+            case=case,
+            seeds=FEW_SEEDS,
+        )
+        for label in (*MAIN, "flora, summed and cut")
     ]
 
 

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.study import plan as plans
-from benchmarks.study import vision
+from benchmarks.study import text, vision
 from benchmarks.study.contenders import CONTENDERS
 from benchmarks.study.plan import Configuration, runs_of
 from benchmarks.study.variants import VARIANTS
@@ -36,7 +36,7 @@ STUDY = RESULTS / "study"
 QUICK = vision.CACHE / "quick"
 PLANS = {"study": plans.study, "full": plans.full, "quick": plans.quick}
 
-FEDERATIONS = {"vision": vision.federation}
+FEDERATIONS = {"vision": vision.federation, "text": text.federation}
 """Setting -> data and settings to a federation that is ready."""
 
 FORMAT = "hetlora_agg.study/1"
@@ -189,6 +189,9 @@ def _executed(left: Sequence[Run], workers: int) -> Iterator[tuple[Run, dict[str
 def _guarded(configuration: Configuration, seed: int) -> dict[str, Any] | str:
     try:
         return execute(configuration, seed)
+    except (ImportError, FileNotFoundError) as error:
+        # Packages or data that are not there: the message says what to do.
+        return str(error)
     except Exception:
         return traceback.format_exc()
 
@@ -202,6 +205,18 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _gathered(broken: Iterable[str]) -> list[str]:
+    """What broke, each reason once: the first run that it broke, and how many more."""
+    names: dict[str, list[str]] = {}
+    for said in broken:
+        name, _, reason = said.partition("\n")
+        names.setdefault(reason, []).append(name)
+    return [
+        f"{own[0]}{f' and {len(own) - 1} more' if len(own) > 1 else ''}\n{reason}"
+        for reason, own in names.items()
+    ]
 
 
 def _matches(name: str, only: str | None) -> bool:
@@ -248,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on, records in {folder}", file=sys.stderr)
         return 130
-    print("\n".join([f"records in {folder}", *broken]), file=sys.stderr)
+    print("\n".join([f"records in {folder}", *_gathered(broken)]), file=sys.stderr)
     return 1 if broken else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from benchmarks.study.exchange import own_alphas, through_files
 from hetlora_agg import ClientUpdate, LowRank, align_rounds
 from hetlora_agg.simulate import SIDES
 from hetlora_agg.simulate.federation import Results, Server, Stream
@@ -109,5 +110,6 @@ VARIANTS: Mapping[str, Sides] = {
     "scaling ignored": on_all(scaling_ignored),
     "signs": on_all(aligned("signs")),
     "rotation": on_all(aligned("rotation")),
+    "peft files": {name: through_files(own_alphas(side)) for name, side in SIDES.items()},
 }
 """Client sides by the name of what is different."""
