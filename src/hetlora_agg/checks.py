@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,16 @@ def as_fraction(value: Any, what: str) -> float:
     if not number <= 1:
         raise _refusal(what, f"expected a number in (0, 1], got {shown(value)}")
     return number
+
+
+def as_path(path: Any, what: str, kind: str) -> Path:
+    """A `Path` to a "file" or "folder", for the argument or call ``what``."""
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise InputTypeError(
+            f"{what}: expected the path of a {kind}, got {type(path).__name__}"
+        ) from error
 
 
 def as_list(values: Any, what: str) -> list[Any]:

@@ -14,6 +14,7 @@ from hetlora_agg.streaming import (
     frozen,
     group,
     merging,
+    products,
     taking,
 )
 from hetlora_agg.streaming.checkpoint import dump
@@ -167,11 +168,11 @@ def test_a_change_that_breaks_off_halfway_is_never_gone_on_with(monkeypatch, tmp
     running = filled("flexlora", clients[:26])
     path = running.save(tmp_path / "s")
 
-    def interrupted(*_):
+    def interrupted():
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(added, "accumulate", interrupted)
+        patched.setattr(products.Product, "adding_to", lambda *_: interrupted)
         with pytest.raises(KeyboardInterrupt):
             running.merge(filled("flexlora", clients[26:]))
     for use in (

@@ -10,9 +10,9 @@ from typing import Any
 from hetlora_agg.adapters.adapter import Adapter
 from hetlora_agg.adapters.calling import name_of
 from hetlora_agg.adapters.combining import by_client, combine
-from hetlora_agg.adapters.files import as_folder, read_adapter
+from hetlora_agg.adapters.files import read_adapter
 from hetlora_agg.adapters.outcome import AggregatedAdapters
-from hetlora_agg.checks import as_list
+from hetlora_agg.checks import as_list, as_path
 from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.registry import Run, check_options, resolve
 
@@ -170,9 +170,9 @@ def _by_id(paths: Any) -> dict[Hashable, Path]:
     """Folders by client's id, none of them twice."""
     folders: dict[Hashable, Path]
     if isinstance(paths, Mapping):
-        folders = {id: as_folder(path, f"client {id!r}") for id, path in paths.items()}
+        folders = {id: as_path(path, f"client {id!r}", "folder") for id, path in paths.items()}
     else:
-        listed = [as_folder(path, "paths") for path in as_list(paths, "paths")]
+        listed = [as_path(path, "paths", "folder") for path in as_list(paths, "paths")]
         folders = {}
         real: dict[str, Path] = {}
         for folder in listed:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from hetlora_agg.adapters.combining import by_client, ranks_of, weights_of
-from hetlora_agg.adapters.files import as_folder
 from hetlora_agg.adapters.roll import (
     LEFTOVERS,
     Roll,
@@ -19,7 +18,7 @@ from hetlora_agg.adapters.roll import (
     data_mark,
     try_header,
 )
-from hetlora_agg.checks import as_list, check_choice
+from hetlora_agg.checks import as_list, as_path, check_choice
 from hetlora_agg.errors import InputValueError
 
 BAD_FOLDER = ("error", "skip")
@@ -193,7 +192,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _entries(paths: Any) -> list[tuple[Hashable, Path]]:
     """Ids and folders, as given."""
     if isinstance(paths, (str, bytes, os.PathLike)):
-        directory = as_folder(paths, "paths")
+        directory = as_path(paths, "paths", "folder")
         if not os.path.isdir(directory):
             raise InputValueError(f"paths: {directory}: no such folder of clients' folders")
         paths = subfolders(directory)
@@ -205,7 +204,7 @@ def _entries(paths: Any) -> list[tuple[Hashable, Path]]:
 
 def _as_path(path: Any, what: str) -> Path:
     """The path as a `Path` that a system could take."""
-    folder = as_folder(path, what)
+    folder = as_path(path, what, "folder")
     if "\0" in str(folder):
         raise InputValueError(f"{what}: {str(folder)!r}: expected a path, got a NUL in it")
     return folder

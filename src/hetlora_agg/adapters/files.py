@@ -17,6 +17,7 @@ from torch import Tensor
 from hetlora_agg.adapters.adapter import Adapter
 from hetlora_agg.adapters.keys import PREFIX, listed
 from hetlora_agg.adapters.tensors import in_file
+from hetlora_agg.checks import as_path
 from hetlora_agg.errors import InputTypeError, InputValueError, quoted
 
 CONFIG, WEIGHTS, RESIDUAL = "adapter_config.json", "adapter_model.safetensors", "residual"
@@ -48,7 +49,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         ...     read_adapter(write_adapter(f"{folder}/phone", adapter))
         Adapter(1 layers, ranks 2)
     """
-    folder = as_folder(path, "read_adapter")
+    folder = as_path(path, "read_adapter", "folder")
     # Unlike its namesake of Path it is False for names that no system takes, too.
     if not os.path.isdir(folder):
         raise InputValueError(
@@ -102,20 +103,10 @@ def write_adapter(path: str | os.PathLike[str], adapter: Adapter, *, force: bool
             f"write_adapter: expected an Adapter, got {type(adapter).__name__}; make one with "
             "Adapter.from_state_dict(state_dict, config)"
         )
-    target = as_folder(path, "write_adapter")
+    target = as_path(path, "write_adapter", "folder")
     with staged(target, force=force) as folder:
         save(folder, adapter)
     return target
-
-
-def as_folder(path: Any, what: str) -> Path:
-    """The path as a `Path`."""
-    try:
-        return Path(path)
-    except TypeError as error:
-        raise InputTypeError(
-            f"{what}: expected the path of a folder, got {type(path).__name__}"
-        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

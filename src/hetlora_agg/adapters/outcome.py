@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hetlora_agg.adapters.adapter import Adapter
 from hetlora_agg.adapters.extras import Extra
-from hetlora_agg.adapters.files import RESIDUAL, as_folder, check_target, save, staged
+from hetlora_agg.adapters.files import RESIDUAL, check_target, save, staged
 from hetlora_agg.adapters.handing import (
     check_cut,
     client_adapter,
@@ -22,6 +22,7 @@ from hetlora_agg.adapters.handing import (
     residual_adapter,
 )
 from hetlora_agg.adapters.roll import folders_of, headers_of, one_of_each
+from hetlora_agg.checks import as_path
 from hetlora_agg.errors import InputValueError
 from hetlora_agg.types import AggregationResult
 
@@ -103,7 +104,7 @@ class AggregatedAdapters:
         Raises:
             InputValueError: the folder is there or an input's, or no config is known.
         """
-        target = as_folder(out, "write")
+        target = as_path(out, "write", "folder")
         with staged(target, force=force, inputs=folders_of(self.clients)) as folder:
             save(folder, self.adapter)
             if (residual := self.residual) is not None:
@@ -121,7 +122,7 @@ class AggregatedAdapters:
             InputValueError: as `client`; the folder is there, or one in it is an input's; an id
                 that is no name for a folder, or two of one name.
         """
-        out = as_folder(folder, "write_clients")
+        out = as_path(folder, "write_clients", "folder")
         real = {os.path.realpath(path): path for path in folders_of(self.clients)}
         targets = {id: out / name for id, name in _folder_names(self.clients).items()}
         for id, own in headers_of(self.clients).items():

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hetlora_agg.checks import as_path
 from hetlora_agg.distributed.carrying import at_home
 from hetlora_agg.distributed.together import Together, together
 from hetlora_agg.errors import InputTypeError, InputValueError
 from hetlora_agg.streaming import RunningAggregate
 from hetlora_agg.streaming.checkpoint import restore
-from hetlora_agg.streaming.files import as_path, read, write
+from hetlora_agg.streaming.files import read, write
 
 FORMAT = "hetlora_agg.distributed"
 
@@ -57,7 +58,7 @@ def save(running: RunningAggregate, folder: str | os.PathLike[str], *, group: An
     Fidelity: OURS.
     """
     with together(group, "save") as call:
-        target = as_path(folder, "save")
+        target = as_path(folder, "save", "folder")
         if not isinstance(running, RunningAggregate):
             raise InputTypeError(f"save: expected a RunningAggregate, got {type(running).__name__}")
         # By process 0 alone: its answer is everybody's, whoever else sees the folder late.
@@ -105,7 +106,7 @@ def load(folder: str | os.PathLike[str], *, group: Any = None) -> RunningAggrega
     Fidelity: OURS.
     """
     with together(group, "load") as call:
-        source = as_path(folder, "load")
+        source = as_path(folder, "load", "folder")
         names = call.hear("index", _index(source)["files"] if call.peers.rank == 0 else None)[0]
         return _part(call, source, names) if names else None
 

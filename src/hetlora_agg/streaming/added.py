@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from hetlora_agg.linalg import all_finite, norms
 from hetlora_agg.streaming.bounded import Bounded, joined
 from hetlora_agg.streaming.plan import Plan
-from hetlora_agg.types import LowRank
+from hetlora_agg.streaming.products import Product
 
 BUFFER = 64
 """Components that are collected before one product: narrower ones leave the matrix units idle."""
@@ -122,7 +123,7 @@ class Added:
     def _with_products(
         self,
         fresh: Added,
-        more: dict[int, list[LowRank]],
+        more: dict[int, Product],
         other: Added | None,
         mine: float,
         theirs: float,
@@ -130,40 +131,37 @@ class Added:
         """Truncated sums are made anew; dense ones are added to in place, when it is sure."""
         given = other.products if other else {}
         parts = sorted({*self.products, *given, *more})
-        dense: list[tuple[Tensor, Tensor | None, list[LowRank]]] = []
+        dense: list[tuple[Tensor, Tensor | None, Commit | None]] = []
         products = dict(self.products)
         for part in parts:
-            held, added, terms = self.products.get(part), given.get(part), more.get(part, [])
+            held, added, terms = self.products.get(part), given.get(part), more.get(part)
             if self.most is not None:
-                sums = [Bounded.of(one) for one in terms]
+                sums = [Bounded.of(terms.factors())] if terms else []
                 sums += [held.times(mine)] if isinstance(held, Bounded) else []
                 sums += [added.times(theirs)] if isinstance(added, Bounded) else []
                 products[part] = joined(sums, self.most)
             else:
                 if held is None:
-                    like = terms[0].A if terms else added
+                    like = terms.mass if terms else added
                     assert isinstance(like, Tensor)
                     held = torch.zeros(self.shape, dtype=torch.float64, device=like.device)
                 assert isinstance(held, Tensor)
                 products[part] = held
-                dense.append((held, added if isinstance(added, Tensor) else None, terms))
+                adding = terms.adding_to(held) if terms else None
+                dense.append((held, added if isinstance(added, Tensor) else None, adding))
         fresh.products = products
 
         def commit() -> None:
-            for total, addend, terms in dense:
+            for total, addend, adding in dense:
                 if mine != 1:
                     total.mul_(mine)
                 if addend is not None:
                     total.add_(addend, alpha=theirs)
-                for one in terms:
-                    accumulate(total, one)
+                if adding is not None:
+                    adding()
             vars(self).update(vars(fresh))
 
         return commit
-
-    def part(self, slot: int) -> int:
-        """The part that a slot's denominator is common to."""
-        return max(i for i, edge in enumerate(self.edges) if edge <= slot)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held."""
@@ -183,13 +181,13 @@ class Terms:
     """What some clients add to the sums.
 
     Attributes:
-        products: part -> factors whose product it is, mass in B.
+        products: part -> what is added to its sum.
         rows: see `Added`.
         columns: see `Added`.
         sizes: see `Added`.
     """
 
-    products: dict[int, list[LowRank]] = field(default_factory=dict)
+    products: dict[int, Product] = field(default_factory=dict)
     rows: dict[int, Tensor] = field(default_factory=dict)
     columns: dict[int, Tensor] = field(default_factory=dict)
     sizes: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -200,52 +198,62 @@ def terms_of(
 ) -> Terms:
     """What these clients add to the sums, masses relative to ``2^exponent``."""
     terms = Terms()
-    if not batch:
-        return terms
+    if "stack" in plan.verbs:
+        _weigh_products(terms, batch, edges, exponent)
+    if "average_factors" in plan.verbs:
+        for key in sorted({a.key for a in batch}):
+            _weigh_factors(terms, key, [a for a in batch if a.key == key], exponent)
+    return terms
+
+
+def _weigh_products(
+    terms: Terms, batch: Sequence[Arrival], edges: Sequence[int], exponent: int | None
+) -> None:
+    """``m_k B_k A_k``, part by part."""
+    pieces: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+    for a in batch:
+        mass = _mass(a, exponent)
+        size = mass * _lengths(a.A, -1) * _lengths(a.B, -2)
+        for part, of in groupby(range(len(a.slots)), lambda i, a=a: part_of(a.slots[i], edges)):  # type: ignore[misc]
+            first, *more = of
+            own = slice(first, first + len(more) + 1)
+            piece = (a.A[..., own, :], a.B[..., own], mass[..., own], size[..., own])
+            pieces.setdefault(part, []).append(piece)
+    for part, some in pieces.items():
+        A, B, masses, sizes = zip(*some, strict=True)
+        terms.products[part] = Product(A, B, torch.cat(masses, dim=-1))
+        terms.sizes["product", part] = torch.cat(sizes, dim=-1).sum(-1)
+
+
+def _weigh_factors(terms: Terms, key: int, batch: Sequence[Arrival], exponent: int | None) -> None:
+    """``m_k A_k`` and ``m_k B_k``, slot by slot."""
     A = torch.cat([a.A for a in batch], dim=-2)
     B = torch.cat([a.B for a in batch], dim=-1)
-    leading = A.shape[:-2]
-    mass = torch.cat([scaled(a.mass, exponent).expand(*leading, -1) for a in batch], dim=-1)
-    slots = [slot for a in batch for slot in a.slots]
-    length_A, length_B = _lengths(A, -1), _lengths(B, -2)
-    if "stack" in plan.verbs:
-        of = [max(i for i, edge in enumerate(edges) if edge <= slot) for slot in slots]
-        for part, own in _by(of, A):
-            # One pass makes B float64 and multiplies it.
-            b = own(B, -1) * own(mass, -1).unsqueeze(-2)
-            terms.products[part] = [LowRank(own(A, -2).double(), b)]
-            terms.sizes["product", part] = own(mass * length_A * length_B, -1).sum(-1)
-    if "average_factors" in plan.verbs:
-        for key, own in _by([a.key for a in batch for _ in a.slots], A):
-            filled = own(torch.tensor(slots, device=A.device), -1)
-            slot = torch.arange(1 + int(filled.max()), device=A.device)[:, None] == filled
-            weighed = slot * own(mass, -1).unsqueeze(-2)
-            terms.rows[key] = weighed @ own(A, -2).double()
-            terms.columns[key] = own(B, -1).double() @ weighed.mT
-            for name, length in (("rows", length_A), ("columns", length_B)):
-                by_slot = weighed @ own(length, -1).unsqueeze(-1)
-                terms.sizes[name, key] = by_slot.squeeze(-1)
-    return terms
+    mass = torch.cat([_mass(a, exponent) for a in batch], dim=-1)
+    filled = torch.tensor([slot for a in batch for slot in a.slots], device=A.device)
+    slot = torch.arange(1 + int(filled.max()), device=A.device)[:, None] == filled
+    weighed = slot * mass.unsqueeze(-2)
+    terms.rows[key], terms.columns[key] = weighed @ A.double(), B.double() @ weighed.mT
+    for name, length in (("rows", _lengths(A, -1)), ("columns", _lengths(B, -2))):
+        terms.sizes[name, key] = (weighed @ length.unsqueeze(-1)).squeeze(-1)
+
+
+def part_of(slot: int, edges: Sequence[int]) -> int:
+    """The part that a slot's denominator is common to."""
+    return max(i for i, edge in enumerate(edges) if edge <= slot)
+
+
+def _mass(a: Arrival, exponent: int | None) -> Tensor:
+    """What each component is multiplied by in every layer, relative to ``2^exponent``."""
+    return scaled(a.mass, exponent).expand(*a.A.shape[:-1])
 
 
 def _lengths(X: Tensor, dim: int) -> Tensor:
     """Euclidean norms in float64; in the factors' own dtype as long as their squares fit it."""
     # Of columns, torch's own norm takes six times as long.
     fast = (X * X).sum(dim).sqrt().double()
-    usual = all_finite(fast) and bool(fast.max() > USUAL)
+    usual = not fast.numel() or (all_finite(fast) and bool(fast.max() > USUAL))
     return fast if usual else norms(X.double(), dim)
-
-
-def _by(labels: Sequence[int], like: Tensor) -> Iterator[tuple[int, Callable[..., Tensor]]]:
-    """Each label, and what picks the components that have it; all of them without a copy."""
-    names = sorted(set(labels))
-    if len(names) == 1:
-        yield names[0], lambda X, dim: X
-        return
-    for name in names:
-        places = [i for i, label in enumerate(labels) if label == name]
-        index = torch.tensor(places, device=like.device)
-        yield name, lambda X, dim, index=index: X.index_select(dim, index)
 
 
 def exponent_of(arrival: Arrival) -> int | None:
@@ -263,12 +271,6 @@ def scaled(mass: Tensor, exponent: int | None) -> Tensor:
     """``mass / 2^exponent``; in two steps, since the power itself may leave float64."""
     half = -(exponent or 0) // 2
     return mass * 2.0**half * 2.0 ** (-(exponent or 0) - half)
-
-
-def accumulate(total: Tensor, more: LowRank) -> None:
-    """``total += B @ A`` without a temporary of its size."""
-    flat = total.view(-1, *total.shape[-2:])
-    flat.baddbmm_(more.B.reshape(len(flat), *more.B.shape[-2:]), more.A.flatten(0, -3))
 
 
 def wider(total: Tensor | None, more: Tensor, dim: int | None) -> Tensor:

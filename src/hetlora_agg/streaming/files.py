@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hetlora_agg.errors import InputTypeError, InputValueError
+from hetlora_agg.checks import as_path
+from hetlora_agg.errors import InputValueError
 from hetlora_agg.streaming.receipts import raw
 
 FORMAT = "hetlora_agg.streaming"
@@ -42,7 +43,7 @@ def write(
         InputTypeError: no path.
         OSError: the folder is not there, the disk is full; the old file is as it was.
     """
-    target = as_path(path, "save")
+    target = as_path(path, "save", "file")
     text = json.dumps(state, sort_keys=True)
     metadata = {
         "format": format,
@@ -92,7 +93,7 @@ def read(path: str | os.PathLike[str], format: str = FORMAT) -> tuple[dict[str, 
     Raises:
         InputTypeError, InputValueError: no such file, damaged, another format or version.
     """
-    source = as_path(path, "load")
+    source = as_path(path, "load", "file")
     again = "load an older checkpoint, or add the clients again"
     if not source.is_file():
         raise InputValueError(f"{source}: no such file; expected what save(path) writes")
@@ -125,13 +126,3 @@ def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
         sha.update(f"\n{name} {NAMES[X.dtype]} {list(X.shape)}\n".encode())
         sha.update(raw(X))
     return sha.hexdigest()
-
-
-def as_path(path: Any, what: str) -> Path:
-    """The path as a `Path`."""
-    try:
-        return Path(path)
-    except TypeError as error:
-        raise InputTypeError(
-            f"{what}: expected the path of a file, got {type(path).__name__}"
-        ) from error

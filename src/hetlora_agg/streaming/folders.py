@@ -12,13 +12,12 @@ from hetlora_agg.adapters import AggregatedAdapters
 from hetlora_agg.adapters.calling import Progress, call_roll
 from hetlora_agg.adapters.combining import DORA, check_headers, combine
 from hetlora_agg.adapters.roll import Roll, one_of_each
-from hetlora_agg.checks import as_integer, as_number, check_choice
+from hetlora_agg.checks import as_integer, as_number, as_path, check_choice
 from hetlora_agg.errors import HetLoRAError, InputValueError
 from hetlora_agg.layers import MISSING
 from hetlora_agg.registry import MethodEntry, Run, check_options, resolve
 from hetlora_agg.streaming.arriving import as_layers, read_client
 from hetlora_agg.streaming.choosing import roster_of, streams, takes_roster
-from hetlora_agg.streaming.files import as_path
 from hetlora_agg.streaming.outcome import outcome_of
 from hetlora_agg.streaming.plan import check_streamable
 from hetlora_agg.streaming.receipts import Id, checked_id
@@ -119,7 +118,7 @@ def aggregate_folders(
     check_choice("on_bad_client", on_bad_client, ("drop", "error"))
     if memory_limit is not None:
         as_integer(memory_limit, "memory_limit=", at_least=1)
-    file = None if checkpoint is None else as_path(checkpoint, "checkpoint")
+    file = None if checkpoint is None else as_path(checkpoint, "checkpoint", "file")
     kept = Checkpoint(file, as_number(every, "every=", zero=True))
     if file is not None:
         check_streamable(entry, options)

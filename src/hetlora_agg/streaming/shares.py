@@ -14,7 +14,6 @@ from hetlora_agg.linalg import norms
 from hetlora_agg.streaming.added import (
     ZERO,
     Added,
-    accumulate,
     exponent_of,
     ratio,
     scaled,
@@ -83,16 +82,16 @@ class Shares:
         for p in sorted({*self.added.products, *self.more.products}):
             factor = d[..., p]
             error = error + factor * self._rounding("product", p)
-            held, terms = self.added.products.get(p), self.more.products.get(p, [])
-            terms = [self._chosen(one, factor) for one in terms]
+            held, waiting = self.added.products.get(p), self.more.products.get(p)
+            if waiting is not None:
+                factors.append(self._chosen(waiting.factors(), factor))
             if isinstance(held, Bounded):
                 known = held.select(self.layers).times(self.held)
                 error = error + factor * known.tail
-                terms.append(LowRank(known.A, factor[..., None, None] * known.B))
+                factors.append(LowRank(known.A, factor[..., None, None] * known.B))
             elif held is not None:
                 addend = (self.held * factor)[..., None, None] * self._of(held)
                 total = addend if total is None else total.add_(addend)
-            factors += terms
         self.error["stack"] = error
         return self._as_factors(total, factors)
 
@@ -224,7 +223,8 @@ class Shares:
                 torch.cat([f.A for f in factors], -2), torch.cat([f.B for f in factors], -1)
             )
         for one in factors:
-            accumulate(total, one)
+            flat = total.view(-1, *total.shape[-2:])
+            flat.baddbmm_(one.B.flatten(0, -3), one.A.flatten(0, -3))
         out, columns = total.shape[-2:]
         eye = torch.eye(min(out, columns), dtype=total.dtype, device=total.device)
         eye = eye.expand(*total.shape[:-2], *eye.shape)
