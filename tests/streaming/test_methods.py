@@ -9,7 +9,7 @@ import torch
 
 from hetlora_agg import METHODS, ClientUpdate, LowRank, aggregate, aggregate_layers
 from hetlora_agg.errors import InputValueError
-from hetlora_agg.streaming import RunningAggregate
+from hetlora_agg.streaming import RunningAggregate, summing
 from states import state_for
 from streamed import (
     LEVELS,
@@ -39,6 +39,20 @@ def test_sums_give_the_one_shot_result(name):
     assert running._state.kept is None, "the clients must not all be kept, or nothing is tested"
     options = levels_for(name) if name == "raflora" else {}
     assert_same(running.result(), one_shot(name, clients, **options), clients)
+
+
+@pytest.mark.parametrize("name", STREAMING)
+@pytest.mark.parametrize("count", [33, 43])
+def test_layers_one_at_a_time_give_the_same_result(name, count, monkeypatch):
+    # Of 33 clients some wait for their product, of 43 others.
+    clients = clients_for(name, count)
+    running = filled(name, clients, **levels_for(name))
+    bound, whole = running.bound, running.result()
+    monkeypatch.setattr(summing, "AT_ONCE", 0)
+    assert_same(running.result(), whole, clients, gate=1e-13)
+    assert list(running.bound) == list(bound)
+    for layer, value in running.bound.items():
+        assert torch.allclose(value, bound[layer], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", [n for n in STREAMING if "mixed_ranks" in METHODS[n].claims])

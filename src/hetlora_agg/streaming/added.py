@@ -51,6 +51,12 @@ class Arrival:
         """Everything that is held."""
         return [self.A, self.B, self.mass]
 
+    def select(self, layers: Tensor) -> Arrival:
+        """Some entries of the first leading dimension; no copy where they are all."""
+        if len(layers) == len(self.A):
+            return self
+        return replace(self, A=self.A[layers], B=self.B[layers], mass=self.mass[layers])
+
 
 @dataclass
 class Added:

@@ -59,7 +59,7 @@ class Shares:
 
     def __post_init__(self) -> None:
         """Bring held and waiting sums to one exponent."""
-        waiting = self.added.waiting
+        waiting = [a.select(self.layers) for a in self.added.waiting]
         exponents = [self.added.exponent, *map(exponent_of, waiting)]
         self.exponent = max((e for e in exponents if e is not None), default=None)
         self.held = ratio(self.added.exponent, self.exponent)
@@ -84,7 +84,8 @@ class Shares:
             error = error + factor * self._rounding("product", p)
             held, waiting = self.added.products.get(p), self.more.products.get(p)
             if waiting is not None:
-                factors.append(self._chosen(waiting.factors(), factor))
+                weighed = waiting.factors()
+                factors.append(LowRank(weighed.A, factor[..., None, None] * weighed.B))
             if isinstance(held, Bounded):
                 known = held.select(self.layers).times(self.held)
                 error = error + factor * known.tail
@@ -189,9 +190,6 @@ class Shares:
             counted = torch.where(mass > 0, counted, one)
         return counted
 
-    def _chosen(self, one: LowRank, factor: Tensor) -> LowRank:
-        return LowRank(self._of(one.A), factor[..., None, None] * self._of(one.B))
-
     def _of(self, X: Tensor) -> Tensor:
         """These layers' entries; no copy where they are all."""
         return X if len(self.layers) == len(X) else X[self.layers]
@@ -200,13 +198,13 @@ class Shares:
         """Held and waiting together."""
         held, more = getattr(self.added, name).get(key), getattr(self.more, name).get(key)
         parts = [self.held * self._of(held)] if held is not None else []
-        parts += [self._of(more)] if more is not None else []
+        parts += [more] if more is not None else []
         return parts[0] if len(parts) == 1 else wider(parts[0], parts[1], dim)
 
     def _size(self, name: str, key: int) -> Tensor:
         held, more = self.added.sizes.get((name, key)), self.more.sizes.get((name, key))
         parts = [self.held * self._of(held)] if held is not None else []
-        parts += [self._of(more)] if more is not None else []
+        parts += [more] if more is not None else []
         if len(parts) == 1:
             return parts[0]
         return wider(parts[0], parts[1], None if name == "product" else -1)

@@ -22,6 +22,9 @@ from hetlora_agg.streaming.receipts import Id, Receipt, Standing, standing
 from hetlora_agg.streaming.shares import Shares, everybody
 from hetlora_agg.types import AggregationResult, ClientUpdate
 
+AT_ONCE = 2**28
+"""Bytes of sums that are worked on together: what a result takes beside them and the results."""
+
 
 @dataclass(frozen=True, eq=False)
 class Summed(Intake):
@@ -155,7 +158,7 @@ def _nobody(sums: Sums, layer: str) -> ClientUpdate:
 def _batches(
     sums: Sums, state: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[Group, list[str]]]:
-    """Layers of a group in which the same clients stand in the same slots."""
+    """Layers of a group in which the same clients stand in the same slots, some at a time."""
     forms = {receipt.form: None for receipt in sums.receipts.values() if receipt.counts}
     for group in sums.groups:
         alike: dict[Any, list[str]] = {}
@@ -163,8 +166,10 @@ def _batches(
             kept = tuple((s[name].rank, s[name].A.dtype) for s in state.values())
             slots = tuple(form.at(name) for form in forms)
             alike.setdefault((sums.dtypes[name], kept, slots), []).append(name)
+        held = sum(X.numel() * X.element_size() for X in group.added.tensors())
+        step = max(1, AT_ONCE * len(group.names) // max(1, held))
         for layers in alike.values():
-            yield group, layers
+            yield from ((group, layers[i : i + step]) for i in range(0, len(layers), step))
 
 
 def _summed(sums: Sums, group: Group, layers: list[str], folding: Folding) -> Summed:

@@ -1,0 +1,57 @@
+"""Ten thousand clients through a running aggregate of all layers of Llama-8B's q and v.
+
+``python -m benchmarks.bench_llama`` writes ``results/llama.json``; one thread, an hour and a half,
+20 GB of memory and 6 GB of disk. What is measured is what `bench_streaming` measures on one layer,
+with ranks as devices have them: half of the clients have the smallest. Interrupted, it goes on with
+the next method.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.bench_drivers import code_state
+from benchmarks.bench_streaming import streamed
+from benchmarks.streaming_clients import LLAMA, Stream
+from benchmarks.streaming_process import every
+from benchmarks.timing import record
+
+LAYERS = 32
+
+WHOLE = replace(
+    LLAMA,
+    what="all 32 layers, q 4096×4096 and v 1024×4096",
+    sizes=LLAMA.sizes * LAYERS,
+    ranks=(4, 8, 4, 16, 4, 8, 4, 32, 4, 8, 4, 16, 4, 8, 4, 64),
+)
+
+STREAMS = (Stream("rbla", watched="factors"), Stream("flora", watched="products"))
+
+
+def main() -> None:
+    """Measure and write."""
+    # Before any process starts: BLAS reads it when it is loaded.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    so_far = Path(tempfile.gettempdir()) / f"hetlora_agg-llama-{code_state()}.json"
+    found = every({stream.label: (streamed, WHOLE, stream) for stream in STREAMS}, so_far)
+    rows = [
+        {
+            "model": "Llama-8B",
+            "method": stream.label,
+            "flops": WHOLE.flops if stream.watched == "products" else None,
+            **found[stream.label],
+        }
+        for stream in STREAMS
+    ]
+    print(record("llama", {"model": asdict(WHOLE), "clients": rows}))
+    so_far.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
