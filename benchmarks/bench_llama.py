@@ -30,7 +30,7 @@ WHOLE = replace(
     ranks=(4, 8, 4, 16, 4, 8, 4, 32, 4, 8, 4, 16, 4, 8, 4, 64),
 )
 
-STREAMS = (Stream("rbla", watched="factors"), Stream("flora", watched="products"))
+STREAMS = (Stream("flora", watched="products"), Stream("rbla", watched="factors"))
 
 
 def main() -> None:
