@@ -1,4 +1,4 @@
-"""The pictures of ``docs/scaling.md``, from ``results/streaming.json`` and ``distributed.json``.
+"""The pictures of ``docs/performance-streaming.md``, from its two results.
 
 ``python -m benchmarks.plots_streaming`` writes ``docs/img/streaming.png`` and
 ``docs/img/distributed.png``.

@@ -1,4 +1,4 @@
-"""What ``docs/how-to/streaming.md`` and ``docs/scaling.md`` show of what was measured."""
+"""What ``docs/performance-streaming.md`` shows of what was measured."""
 
 from __future__ import annotations
 

@@ -48,6 +48,7 @@ PAGES = (
     "docs/claims.md",
     "docs/rank-inflation.md",
     "docs/robustness.md",
+    "docs/performance-streaming.md",
     "docs/scaling.md",
 )
 
