@@ -101,6 +101,7 @@ def study() -> Plan:
     """Every method on both data sets of images, the ablations on the smaller one, and text."""
     return [
         *(c for data in BASE for c in [*main(data), *equal_ranks(data), *few_rounds(data)]),
+        *(c for data in BASE for c in unpruned(data)),
         *long_runs("digits"),
         *ablations("digits"),
         *texts(),
@@ -139,6 +140,11 @@ def few_rounds(data: str) -> Plan:
     base = BASE[data]
     settings = {**base, "rounds": 3, "local_epochs": 5 * base["local_epochs"]}
     return _configurations(data, "few", (*labels, "raflora"), settings)
+
+
+def unpruned(data: str) -> Plan:
+    """HetLoRA without what its clients do, next to `main`."""
+    return _configurations(data, "prune", ["hetlora"], BASE[data], SEEDS, "unpruned", "unpruned")
 
 
 def long_runs(data: str) -> Plan:

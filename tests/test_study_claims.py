@@ -1,0 +1,134 @@
+"""The papers' claims: what their comparisons are of, how runs decide them, how they are shown."""
+
+import pytest
+
+from benchmarks import report_study
+from benchmarks.study import claims, runs
+from benchmarks.study.claims import CLAIMS, CONTRADICTED, OPEN, REPRODUCED, Claim, Comparison, Runs
+from benchmarks.study.plan import Configuration
+
+PLAN = runs.PLANS["study"]()
+
+
+def run_of(accuracy, **measures):
+    constant = {"aggregation_noise": 0.1, "initialisation_noise": 0.2, "energy_kept": 0.9}
+    known = {name: [value] * 3 for name, value in (constant | measures).items()}
+    return {"accuracy": [0.5, *accuracy], "energy_ratio": [0.5, 0.6, 0.75], "bytes_up": 7, **known}
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.says)
+def test_every_comparison_is_of_runs_in_the_study_that_its_command_runs(claim):
+    for comparison in claim.comparisons:
+        for wanted in (comparison.more, comparison.less):
+            places = [
+                c
+                for c in PLAN
+                if (c.group, c.label, c.case) == (wanted.group, wanted.label, wanted.case)
+            ]
+            assert places, wanted
+            assert all(runs._matches(f"{c.id}/{c.seeds[0]}", claim.only) for c in places)
+            seeds = {(c.setting, c.data): set(c.seeds) for c in places}
+            assert all(len(own) >= 5 for own in seeds.values())
+        assert comparison.metric in claims.METRICS
+
+
+def test_metrics_by_hand():
+    run = run_of([0.6, 0.8, 0.7], energy_kept=0.25)
+    found = {name: metric(run) for name, metric in claims.METRICS.items()}
+    assert found == pytest.approx(
+        {
+            "accuracy": 0.7,
+            "accuracy after round 1": 0.6,
+            "accuracy after round 3": 0.7,
+            "roughness of accuracy": 0.15,
+            "tail energy": 0.25,
+            "energy kept": 0.25,
+            "aggregation noise": 0.1,
+            "initialisation noise": 0.2,
+            "bytes up": 7.0,
+        }
+    )
+
+
+def saved(folder, accuracies, data="digits", setting="vision"):
+    """A plan of one group whose runs have these accuracies by label and seed."""
+    plan = []
+    for label, own in accuracies.items():
+        c = Configuration(setting, data, "few", label, {"rounds": 3}, seeds=tuple(own))
+        runs.save(c, {seed: run_of([x] * 3) for seed, x in own.items()}, folder, {})
+        plan.append(c)
+    return plan
+
+
+CLAIM = Claim(
+    "rb is above zeropad.",
+    "arXiv:0",
+    ".57 against .54",
+    (Comparison("accuracy", Runs("few", "rb"), Runs("few", "zeropad")),),
+    "*/few/*",
+)
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ((0.1, 0.2, 0.15, 0.12, 0.18), REPRODUCED),
+        ((-0.1, -0.2, -0.15, -0.12, -0.18), CONTRADICTED),
+        ((0.1, -0.2, 0.15, -0.12, 0.1), OPEN),
+        ((0.0,) * 5, OPEN),
+    ],
+)
+def test_an_interval_on_one_side_decides(gains, expected, tmp_path):
+    theirs = {seed: 0.5 + seed / 100 for seed in range(len(gains))}
+    # A seed of one side only is no pair.
+    ours = {**{seed: theirs[seed] + gain for seed, gain in enumerate(gains)}, 9: 1.0}
+    plan = saved(tmp_path, {"rb": ours, "zeropad": theirs})
+    ((place, pairs),) = claims.findings(CLAIM, plan, tmp_path).items()
+    assert place == ("vision", "digits")
+    ((comparison, found),) = pairs
+    assert comparison is CLAIM.comparisons[0]
+    assert (found.seeds, found.verdict) == (len(gains), expected)
+    assert found.difference.mean == pytest.approx(sum(gains) / len(gains))
+    assert found.more - found.less == pytest.approx(found.difference.mean)
+
+
+def finding(mean):
+    return claims.Finding(5, claims.Interval(mean, mean - 0.1, mean + 0.1), 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        ((1, 1), REPRODUCED),
+        ((1, 0), OPEN),
+        ((0, 0), OPEN),
+        ((1, -1), OPEN),
+        ((0, -1), CONTRADICTED),
+        ((-1, -1), CONTRADICTED),
+    ],
+)
+def test_several_comparisons_are_one_verdict(means, expected):
+    assert claims.verdict([finding(mean) for mean in means]) == expected
+
+
+def test_the_table_shows_every_claim_and_every_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_study, "CLAIMS", (CLAIM, CLAIMS[3]))
+    better, worse = ({s: x + s / 1000 for s in range(5)} for x in (0.8, 0.6))
+    plan = saved(tmp_path, {"rb": better, "zeropad": worse})
+    plan += saved(tmp_path, {"rb": worse, "zeropad": better}, "vader_corpora", "text")
+    first, second = report_study.study_claims(tmp_path, plan).splitlines()[2:]
+    assert (
+        "| .57 against .54 | digits: accuracy, `rb` − `zeropad`: +20 (+20 to +20), 5<br>" in first
+    )
+    assert "digits: **reproduced**; text, 4 corpora: **contradicted**" in first
+    assert "| `python -m benchmarks.study.runs --only '*/few/*'` |" in first
+    assert "| not run | – |" in second
+    alone = report_study.study_claims(tmp_path, plan[:2]).splitlines()[2]
+    assert "| **reproduced** |" in alone
+
+
+def test_nothing_is_said_of_too_few_seeds(tmp_path):
+    plan = saved(
+        tmp_path, {"rb": dict.fromkeys(range(4), 0.8), "zeropad": dict.fromkeys(range(4), 0.6)}
+    )
+    assert claims.findings(CLAIM, plan, tmp_path) == {}
