@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.report import markdown
-from benchmarks.study.claims import CLAIMS, Comparison, Finding, findings, verdict
+from benchmarks.study.claims import CLAIMS
+from benchmarks.study.findings import Comparison, Finding, findings, verdict
 from benchmarks.study.plan import Configuration
 from benchmarks.study.runs import PLANS, STUDY
 

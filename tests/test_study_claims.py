@@ -3,8 +3,9 @@
 import pytest
 
 from benchmarks import report_study
-from benchmarks.study import claims, runs
-from benchmarks.study.claims import CLAIMS, CONTRADICTED, OPEN, REPRODUCED, Claim, Comparison, Runs
+from benchmarks.study import findings, runs
+from benchmarks.study.claims import CLAIMS
+from benchmarks.study.findings import CONTRADICTED, OPEN, REPRODUCED, Claim, Comparison, Runs
 from benchmarks.study.plan import Configuration
 
 PLAN = runs.PLANS["study"]()
@@ -29,12 +30,12 @@ def test_every_comparison_is_of_runs_in_the_study_that_its_command_runs(claim):
             assert all(runs._matches(f"{c.id}/{c.seeds[0]}", claim.only) for c in places)
             seeds = {(c.setting, c.data): set(c.seeds) for c in places}
             assert all(len(own) >= 5 for own in seeds.values())
-        assert comparison.metric in claims.METRICS
+        assert comparison.metric in findings.METRICS
 
 
 def test_metrics_by_hand():
     run = run_of([0.6, 0.8, 0.7], energy_kept=0.25)
-    found = {name: metric(run) for name, metric in claims.METRICS.items()}
+    found = {name: metric(run) for name, metric in findings.METRICS.items()}
     assert found == pytest.approx(
         {
             "accuracy": 0.7,
@@ -83,7 +84,7 @@ def test_an_interval_on_one_side_decides(gains, expected, tmp_path):
     # A seed of one side only is no pair.
     ours = {**{seed: theirs[seed] + gain for seed, gain in enumerate(gains)}, 9: 1.0}
     plan = saved(tmp_path, {"rb": ours, "zeropad": theirs})
-    ((place, pairs),) = claims.findings(CLAIM, plan, tmp_path).items()
+    ((place, pairs),) = findings.findings(CLAIM, plan, tmp_path).items()
     assert place == ("vision", "digits")
     ((comparison, found),) = pairs
     assert comparison is CLAIM.comparisons[0]
@@ -93,7 +94,7 @@ def test_an_interval_on_one_side_decides(gains, expected, tmp_path):
 
 
 def finding(mean):
-    return claims.Finding(5, claims.Interval(mean, mean - 0.1, mean + 0.1), 0.0, 0.0)
+    return findings.Finding(5, findings.Interval(mean, mean - 0.1, mean + 0.1), 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def finding(mean):
     ],
 )
 def test_several_comparisons_are_one_verdict(means, expected):
-    assert claims.verdict([finding(mean) for mean in means]) == expected
+    assert findings.verdict([finding(mean) for mean in means]) == expected
 
 
 def test_the_table_shows_every_claim_and_every_data_set(tmp_path, monkeypatch):
@@ -131,4 +132,4 @@ def test_nothing_is_said_of_too_few_seeds(tmp_path):
     plan = saved(
         tmp_path, {"rb": dict.fromkeys(range(4), 0.8), "zeropad": dict.fromkeys(range(4), 0.6)}
     )
-    assert claims.findings(CLAIM, plan, tmp_path) == {}
+    assert findings.findings(CLAIM, plan, tmp_path) == {}
