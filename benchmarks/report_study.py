@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.report import markdown
 from benchmarks.study.claims import CLAIMS
-from benchmarks.study.findings import Comparison, Finding, findings, verdict
+from benchmarks.study.contenders import MAIN, VARIANTS
+from benchmarks.study.findings import FEWEST, Comparison, Finding, findings, verdict
 from benchmarks.study.plan import Configuration
+from benchmarks.study.results import Table, compare, summary, table_of
 from benchmarks.study.runs import PLANS, STUDY
+from benchmarks.study.statistics import accuracy_last, paired_interval
 
 NAMES = {
     "digits": "digits",
@@ -19,16 +24,34 @@ NAMES = {
 }
 """Data set -> what a table calls it."""
 
-PERCENT = ("accuracy", "roughness")
+POINTS = ("accuracy", "roughness")
 """Beginnings of the metrics that are shown in points of a hundred."""
 
+FACTORS: Mapping[str, tuple[str, str]] = {
+    "every client starts from its own draw": ("init", "own start"),
+    "scalings α/r ignored by the server": ("scaling", "scaling ignored"),
+    "results aligned with the last round's by signs": ("align", "signs"),
+    "one client of rank 16, nine of rank 2": ("ranks", "one high"),
+    "five clients of rank 4, five of 16": ("ranks", "two levels"),
+    "three of ten clients a round": ("participation", "0.3"),
+    "skew: Dirichlet 0.1": ("skew", "0.1"),
+    "skew: Dirichlet 1": ("skew", "1"),
+    "skew: Dirichlet 100": ("skew", "100"),
+    "half the learning rate": ("rate", "0.005"),
+    "twice the learning rate": ("rate", "0.02"),
+    "singular values in B": ("split", "left"),
+    "singular values in A": ("split", "right"),
+}
+"""What is different -> group and case of the plan; everything else is as in `main`."""
 
-def study_claims(folder: Path = STUDY, plan: Sequence[Configuration] | None = None) -> str:
+Plan = Sequence[Configuration]
+
+
+def study_claims(folder: Path = STUDY, plan: Plan | None = None) -> str:
     """Every claim with the paper's figure, ours, the verdict and the command."""
-    plan = PLANS["full"]() if plan is None else plan
     rows = []
     for claim in CLAIMS:
-        found = findings(claim, plan, folder)
+        found = findings(claim, _all(plan), folder)
         rows.append(
             [
                 f"{claim.says} ({claim.source})",
@@ -48,7 +71,7 @@ def _ours(data: str, pairs: Sequence[tuple[Comparison, Finding]]) -> str:
 
 def _difference(comparison: Comparison, found: Finding) -> str:
     x = found.difference
-    scale = 100 if comparison.metric.startswith(PERCENT) else 1
+    scale = 100 if comparison.metric.startswith(POINTS) else 1
     low, mean, high = (f"{scale * value:+.3g}" for value in (x.low, x.mean, x.high))
     return (
         f"{comparison.metric}, `{comparison.more}` − `{comparison.less}`: "
@@ -62,3 +85,87 @@ def _verdicts(found: Mapping[tuple[str, str], Sequence[tuple[Comparison, Finding
     if len(set(each.values())) == 1:
         return f"**{next(iter(each.values()))}**"
     return "; ".join(f"{NAMES[data]}: **{word}**" for data, word in each.items()) or "–"
+
+
+def study_methods(data: str, folder: Path = STUDY, plan: Plan | None = None) -> str:
+    """Every method on one data set under the usual settings."""
+    return summary(table_of(_all(plan), folder, data=data, group="main", case=""))
+
+
+def study_factors(data: str = "digits", folder: Path = STUDY, plan: Plan | None = None) -> str:
+    """What one change does to each of the main methods, in points of accuracy."""
+    usual = table_of(_all(plan), folder, data=data, group="main", case="")
+    rows = []
+    for words, (group, case) in FACTORS.items():
+        changed = table_of(_all(plan), folder, data=data, group=group, case=case)
+        rows.append([words, *(_change(changed.get(m, {}), usual.get(m, {})) for m in MAIN)])
+    return markdown(["different from the usual", *(f"`{label}`" for label in MAIN)], rows)
+
+
+def _change(changed: Mapping[int, object], usual: Mapping[int, object]) -> str:
+    """The mean difference and its interval, bold where that is on one side of zero."""
+    if len(both := sorted(changed.keys() & usual.keys())) < FEWEST:
+        return "–"
+    ours, theirs = ([100 * accuracy_last(t[s]) for s in both] for t in (changed, usual))  # type: ignore
+    x = paired_interval(ours, theirs)
+    text = f"{x.mean:+.1f}"
+    return f"{f'**{text}**' if x.excludes(0.0) else text} ({x.low:+.1f} to {x.high:+.1f})"
+
+
+def study_best(folder: Path = STUDY, plan: Plan | None = None) -> str:
+    """Under every setting the best of the main methods and those that cannot be told from it."""
+    rows = []
+    plan = _all(plan)
+    settings = dict.fromkeys((c.data, c.group, c.case) for c in plan if c.label in MAIN)
+    for data, group, case in settings:
+        table = table_of(plan, folder, data=data, group=group, case=case)
+        own = {m: runs for m, runs in table.items() if m in MAIN and len(runs) >= FEWEST}
+        if len(own) < 2:
+            continue
+        mean = {m: statistics.fmean(map(accuracy_last, runs.values())) for m, runs in own.items()}
+        order = sorted(mean, key=lambda m: -mean[m])
+        against = compare(own, order[0])
+        level = [m for m in order[1:] if not against[m].difference.excludes(0.0)]
+        rows.append(
+            [
+                ", ".join(part for part in (NAMES[data], group, case) if part),
+                f"`{order[0]}` {100 * mean[order[0]]:.1f}",
+                ", ".join(f"`{m}` {100 * mean[m]:.1f}" for m in level) or "none",
+                f"`{order[-1]}` {100 * mean[order[-1]]:.1f}",
+            ]
+        )
+    return markdown(["setting", "best", "not told from it (95 % interval)", "last"], rows)
+
+
+def study_combinations(folder: Path = STUDY, plan: Plan | None = None) -> str:
+    """Combinations of the library's pieces against the best registered method of each data set."""
+    rows = []
+    for data in NAMES:
+        table = table_of(_all(plan), folder, data=data, group="main", case="")
+        table = {label: own for label, own in table.items() if len(own) >= FEWEST}
+        registered = [label for label in table if label not in VARIANTS]
+        if not registered:
+            continue
+        best = max(registered, key=lambda m: _mean(table, m))
+        own = {m: runs for m, runs in table.items() if m in VARIANTS or m == best}
+        for label, found in compare(own, best).items():
+            x = found.difference
+            gain = f"{100 * x.mean:+.1f} ({100 * x.low:+.1f} to {100 * x.high:+.1f})"
+            rows.append([NAMES[data], f"`{best}`", f"`{label}`", gain, f"{found.p:.2g}"])
+    head = ["data", "best registered", "combination", "difference in points", "p (Holm)"]
+    return markdown(head, rows)
+
+
+def _mean(table: Table, label: str) -> float:
+    return statistics.fmean(map(accuracy_last, table[label].values()))
+
+
+def _all(plan: Plan | None) -> Plan:
+    return PLANS["full"]() if plan is None else plan
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    **{f.__name__: f for f in (study_claims, study_factors, study_best, study_combinations)},
+    **{f"study_{data}": partial(study_methods, data) for data in NAMES},
+}
+"""Name in a page's comment -> what stands there."""
