@@ -284,6 +284,14 @@ def test_interval_is_scipys_on_the_same_draws(values, level):
     assert found.mean == pytest.approx(sum(values) / len(values))
 
 
+def test_interval_of_values_that_differ_by_rounding_is_as_narrow():
+    x = np.full(6, 0.1)
+    x[3] = np.nextafter(x[3], 1)
+    for values in (x, x * 1e-100):
+        found = bootstrap_interval(values.tolist())
+        assert found.high - found.low <= 4 * np.spacing(values[0])
+
+
 def test_interval_of_equal_values_is_a_point_and_a_shift_shifts_it():
     assert bootstrap_interval([0.25] * 4) == bootstrap_interval([0.25])
     assert bootstrap_interval([0.25]).low == bootstrap_interval([0.25]).high == 0.25

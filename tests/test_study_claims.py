@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import report_study
+from benchmarks import plots_study, report_study
 from benchmarks.study import findings, runs
 from benchmarks.study.claims import CLAIMS
 from benchmarks.study.findings import CONTRADICTED, OPEN, REPRODUCED, Claim, Comparison, Runs
@@ -203,3 +203,24 @@ def test_methods_of_one_data_set(tmp_path):
     first, second = cells(report_study.study_methods("digits", tmp_path, plan))
     assert (first[0], second[0]) == ("rb", "zeropad")
     assert first[5] == "+0.100 (+0.100 to +0.100) p=0.031"
+
+
+def test_pictures_have_a_panel_for_each_data_set_and_method(tmp_path):
+    plan = kept(tmp_path, "main", "", {"rb": 0.7, "zeropad": 0.6, "fedex": 0.8})
+    plan += kept(tmp_path, "main", "", {"rb": 0.2, "flexlora": 0.3}, "mnist_5k")
+    plan += kept(tmp_path, "skew", "0.1", {"rb": 0.5})
+    tables = {data: plots_study.usual(data, tmp_path, plan) for data in ("digits", "mnist_5k")}
+    first, second = plots_study.draw_rounds(tables).axes
+    assert [line.get_label() for line in first.lines] == ["zeropad", "rb"]
+    assert first.lines[1].get_ydata()[-1] == pytest.approx(70.25)
+    assert [line.get_label() for line in second.lines] == ["flexlora", "rb"]
+    first, second = plots_study.draw_differences(tables).axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["zeropad", "rb", "fedex"]
+    assert {round(float(line.get_xdata()[0])) for line in first.lines if len(line.get_xdata())} == {
+        0, 10, 20,
+    }  # fmt: skip
+    panels = plots_study.draw_factors(plan, tmp_path).axes
+    assert [axes.get_title() for axes in panels] == list(report_study.MAIN)
+    drawn = {axes.get_title(): len(axes.lines) - 1 for axes in panels}
+    assert drawn.pop("rb") == 2
+    assert set(drawn.values()) == {0}

@@ -74,7 +74,9 @@ def bootstrap_interval(
     z0 = normal.inv_cdf(min(max(below, 0.5), resamples - 0.5) / resamples)
     left_out = (x.sum() - x) / (len(x) - 1)
     away = left_out.mean() - left_out
-    acceleration = float((away**3).sum()) / (6 * float((away**2).sum()) ** 1.5)
+    # Values that differ by rounding alone may have no spread in float64.
+    spread = float((away**2).sum()) ** 1.5
+    acceleration = float((away**3).sum()) / (6 * spread) if spread else 0.0
     ends = []
     for tail in ((1 - level) / 2, (1 + level) / 2):
         z = z0 + normal.inv_cdf(tail)
