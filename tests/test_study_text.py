@@ -379,7 +379,7 @@ def test_peft_loads_the_global_adapter_and_gives_the_same_logits(method, source,
     folder = exchange.write(tmp_path / "global", factors, dict.fromkeys(factors, 1.0))
     tokens = tiny_tokens(9, 12)
     head = torch.nn.Linear(WIDTH, len(corpora.CLASSES))
-    head.load_state_dict(federation.forward._head.state_dict())
+    head.load_state_dict(federation.forward.forward._head.state_dict())
     model = language.Classifier(tiny_bert(), head)
     inputs = language.lower_features(source.bert, tokens)
     with torch.no_grad():
@@ -434,3 +434,40 @@ def test_a_planned_run_sends_its_adapters_through_files(small, monkeypatch):
     # Four clients in two rounds, down and up.
     assert len(written) == 16
     assert len(record["accuracy"]) == 3
+
+
+# ---- another device ------------------------------------------------------------------------------
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_elsewhere_logits_and_gradients_are_the_same(source, device):
+    inputs = next(iter(source.corpora.values())).inputs[:6]
+    model = classifier()
+    here, there = language.Upper(model), language.Upper(model).to(torch.device(device))
+    found = []
+    for forward in (here, language.Elsewhere(there, torch.device(device))):
+        own = adapter_of(here.network, 3)
+        leaves = [X.requires_grad_() for f in own.values() for X in (f.A, f.B)]
+        layers = {n: LoRALinear(b, own[n].A, own[n].B, 0.5) for n, b in here.network.items()}
+        logits = forward(layers, inputs)
+        assert logits.device == inputs.device
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(X.grad for X in leaves)])
+    for X, Y in zip(*found, strict=True):
+        torch.testing.assert_close(X, Y, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_move_whole():
+    network = language.Upper(classifier()).network
+    own = adapter_of(network, 3)
+    for name, base in network.items():
+        layer = language.moved(
+            LoRALinear(base, own[name].A, own[name].B, 0.5), torch.device("meta")
+        )
+        tensors = (layer.lora_A, layer.lora_B, layer.base.weight, layer.base.bias)
+        assert {X.device.type for X in tensors} == {"meta"}
+        assert layer.scaling == 0.5

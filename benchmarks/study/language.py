@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hetlora_agg.simulate.network import Linear, Network
+from hetlora_agg.simulate.network import Forward, Linear, LoRALinear, Network
 
 DEPTH = 2
 """How many of the last encoder layers carry adapters; the ones below are run once per sentence."""
@@ -82,6 +82,13 @@ class Upper:
                 setattr(block.attention.self, kind, self._places[name])
         self.network: Network = network
 
+    def to(self, device: torch.device) -> Upper:
+        """Itself, computing on the device; `network` is there too."""
+        self._blocks.to(device)
+        self._head.to(device)
+        self.network = {name: moved(layer, device) for name, layer in self.network.items()}
+        return self
+
     def __call__(self, layers: Mapping[str, Layer], inputs: Tensor) -> Tensor:
         """Logits `(examples, classes)` of `inputs`, as `packed` makes them."""
         return self._head(self.pooled(layers, inputs))
@@ -95,6 +102,31 @@ class Upper:
         for block in self._blocks:
             states = block(states, attended)
         return mean_of(states, mask)
+
+
+class Elsewhere:
+    """A forward pass on another device: layers and inputs go there, logits come back.
+
+    Gradients take the same way to the factors that train, so that all else stays where it was.
+    """
+
+    def __init__(self, forward: Forward, device: torch.device) -> None:
+        """Of what computes on that device."""
+        self.forward = forward
+        self.device = device
+
+    def __call__(self, layers: Mapping[str, Layer], inputs: Tensor) -> Tensor:
+        """Logits, where the inputs are."""
+        there = {name: moved(layer, self.device) for name, layer in layers.items()}
+        return self.forward(there, inputs.to(self.device)).to(inputs.device)
+
+
+def moved(layer: Any, device: torch.device) -> Any:
+    """A `Linear` or `LoRALinear` on the device; no copy if it is there."""
+    if isinstance(layer, LoRALinear):
+        factors = layer.lora_A.to(device), layer.lora_B.to(device)
+        return LoRALinear(moved(layer.base, device), *factors, layer.scaling)
+    return Linear(layer.weight.to(device), layer.bias.to(device))
 
 
 def mean_of(states: Tensor, mask: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from benchmarks.study.language import (
     DEPTH,
     LENGTH,
     Classifier,
+    Elsewhere,
     Upper,
     load_minilm,
     lower_features,
@@ -41,6 +42,9 @@ from hetlora_agg.simulate.network import Training, fit
 DATA: Mapping[str, bool] = {"vader_corpora": True, "vader_dirichlet": False}
 """Data set -> whether every corpus is a client of its own; if not, all are mixed and split by
 class. The sentences are the same."""
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where the encoder computes. Networks of images are too small to gain by it."""
 
 HEAD = Training(epochs=60, learning_rate=0.01)
 
@@ -124,7 +128,8 @@ def federated(
         parts = [mixed.take(mine) for mine in rows]
     model = Upper(Classifier(source.bert, trained_head(source.bert, joined(head), settings.seed)))
     cohorts = draw_cohorts(settings, [len(part) for part in parts])
-    return Federation(settings, model.network, tuple(parts), joined(test), cohorts, model)
+    network, forward = model.network, Elsewhere(model.to(DEVICE), DEVICE)
+    return Federation(settings, network, tuple(parts), joined(test), cohorts, forward)
 
 
 def cut(
