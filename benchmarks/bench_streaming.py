@@ -217,6 +217,7 @@ def parts(quick: bool) -> dict[str, tuple[Any, ...]]:
     }
     for name, model in models.items():
         todo[f"products: {name}"] = (costs.products, model)
+        todo[f"products: {name}, ranks 4"] = (costs.products, model, (4,) * 16)
         for stream in STREAMS[name]:
             todo[f"stream: {name}: {stream.label}"] = (streamed, model, stream)
     for stream in STREAMS["MiniLM"]:
@@ -259,7 +260,11 @@ def assembled(found: Mapping[str, Any], quick: bool) -> dict[str, Any]:
             for stream in STREAMS["MiniLM"]
         ],
         "product": found["product"],
-        "products": {name: found[f"products: {name}"] for name in models},
+        "products": {
+            name.partition(": ")[2]: row
+            for name, row in found.items()
+            if name.startswith("products: ")
+        },
         "layers": layers,
         "layers_fit": fit([r["layers"] for r in layers], [r["seconds"] for r in layers], 1),
         "truncated": rows("truncated"),

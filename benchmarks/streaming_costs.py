@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ def matrix_product(size: int) -> dict[str, Any]:
     return {"size": size, "gflops": 2 * size**3 / found["fastest"] / 1e9, **found}
 
 
-def products(model: Model) -> dict[str, Any]:
-    """Adding clients of 64 components together to the dense sum, next to bare products.
+def products(model: Model, ranks: Sequence[int] = (8, 16, 40)) -> dict[str, Any]:
+    """Adding clients of these ranks together to the dense sum, next to bare products.
 
     Rates are those of the fastest turn: what else the machine does only slows down.
     """
     out, columns = model.sizes[0]
     layers = sum(size == model.sizes[0] for size in model.sizes)
-    ranks, g = (8, 16, 40), torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(0)
     shape = (layers, out, columns)
     added = Added(Plan(frozenset({"stack"}), "weight", "all"), shape)
     arrivals = [

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -116,6 +116,16 @@ class Components:
     def with_factors(self, A: Tensor, B: Tensor) -> Components:
         """The same clients with other factors of the same shapes."""
         return replace(self, A=A, B=B)
+
+    def also(self, **known: Any) -> Components:
+        """The same clients in the same slots, with other factors, statistics or sums.
+
+        Who owns which component is not worked out again, which takes long of a million clients.
+        """
+        fresh = replace(self, **known)
+        kept = ("client", "slot_index", "slot", "rank_groups")
+        vars(fresh).update({name: vars(self)[name] for name in kept if name in vars(self)})
+        return fresh
 
     @property
     def slots_by_client(self) -> list[tuple[int, ...]]:

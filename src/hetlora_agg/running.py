@@ -181,8 +181,7 @@ def _with_statistic(
         for i, dim in enumerate(dims)
     ]
     return [
-        replace(
-            c,
+        c.also(
             statistic=tuple(total.to(c.A.device)[_block(at, total.dim())] for total in totals),
         )
         for c, at in zip(components, places, strict=True)

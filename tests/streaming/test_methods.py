@@ -9,7 +9,7 @@ import torch
 
 from hetlora_agg import METHODS, ClientUpdate, LowRank, aggregate, aggregate_layers
 from hetlora_agg.errors import InputValueError
-from hetlora_agg.streaming import RunningAggregate, summing
+from hetlora_agg.streaming import RunningAggregate, alike
 from states import state_for
 from streamed import (
     LEVELS,
@@ -41,18 +41,48 @@ def test_sums_give_the_one_shot_result(name):
     assert_same(running.result(), one_shot(name, clients, **options), clients)
 
 
+def one_at_a_time(running, clients, monkeypatch):
+    """Results and bounds must not depend on how many layers are worked on together."""
+    bound, whole = running.bound, running.result()
+    monkeypatch.setattr(alike, "AT_ONCE", 0)
+    assert_same(running.result(), whole, clients, gate=1e-13)
+    assert list(running.bound) == list(bound)
+    for layer, value in running.bound.items():
+        assert torch.allclose(value, bound[layer], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("name", STREAMING)
 @pytest.mark.parametrize("count", [33, 43])
 def test_layers_one_at_a_time_give_the_same_result(name, count, monkeypatch):
     # Of 33 clients some wait for their product, of 43 others.
     clients = clients_for(name, count)
-    running = filled(name, clients, **levels_for(name))
-    bound, whole = running.bound, running.result()
-    monkeypatch.setattr(summing, "AT_ONCE", 0)
-    assert_same(running.result(), whole, clients, gate=1e-13)
-    assert list(running.bound) == list(bound)
-    for layer, value in running.bound.items():
-        assert torch.allclose(value, bound[layer], rtol=1e-12, atol=0)
+    one_at_a_time(filled(name, clients, **levels_for(name)), clients, monkeypatch)
+
+
+ALIKE = {"q": (60, 70), "k": (60, 70), "v": (60, 70)}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("hetlora", {"per_layer": True}),
+        ("flexlora", {"memory_limit": 90_000}),
+        ("flexlora", {"rank": 3, "reduction": "unbiased", "u": torch.tensor([0.1, 0.5, 0.9])}),
+        ("rb", {"levels": LEVELS, "previous": True}),
+        ("zeropad", {"missing": "zero"}),
+        ("zeropad", {"missing": "renormalise"}),
+    ],
+)
+def test_layers_of_one_size_one_at_a_time_under_options(name, told, monkeypatch):
+    clients = clients_for(name, 120, sizes=ALIKE)
+    if "previous" in told:
+        before = filled(name, clients_for(name, 120, seed=1, sizes=ALIKE), levels=LEVELS)
+        told = {**told, "previous": before.result()}
+    if "missing" in told:
+        clients[3] = {"q": clients[3]["q"], "v": clients[3]["v"]}
+    running = filled(name, clients, **told)
+    assert len(running._state.groups) == 1
+    one_at_a_time(running, clients, monkeypatch)
 
 
 @pytest.mark.parametrize("name", [n for n in STREAMING if "mixed_ranks" in METHODS[n].claims])

@@ -7,25 +7,25 @@ from hetlora_agg.streaming import products
 from hetlora_agg.streaming.products import Product
 
 
-def product_of(leading, ranks, dtype=torch.float32):
-    """Factors of some clients and the exact sum of their products, entry by entry."""
-    g = torch.Generator().manual_seed(sum(ranks))
-    A = tuple(torch.randn(*leading, r, 6, generator=g, dtype=dtype) for r in ranks)
-    B = tuple(torch.randn(*leading, 5, r, generator=g, dtype=dtype) for r in ranks)
-    mass = torch.rand(*leading, sum(ranks), generator=g, dtype=torch.float64)
-    exact = torch.zeros(*leading, 5, 6, dtype=torch.float64)
-    for place, (k, i) in enumerate((k, i) for k, r in enumerate(ranks) for i in range(r)):
-        outer = B[k][..., :, i, None].double() * A[k][..., i, None, :].double()
-        exact += mass[..., place, None, None] * outer
+def product_of(leading, rank, out=5, columns=6, dtype=torch.float32):
+    """Factors with masses and the exact sum of their products, component by component."""
+    g = torch.Generator().manual_seed(rank)
+    A = torch.randn(*leading, rank, columns, generator=g, dtype=dtype)
+    B = torch.randn(*leading, out, rank, generator=g, dtype=dtype)
+    mass = torch.rand(*leading, rank, generator=g, dtype=torch.float64)
+    exact = torch.zeros(*leading, out, columns, dtype=torch.float64)
+    for j in range(rank):
+        outer = B[..., :, j, None].double() * A[..., j, None, :].double()
+        exact += mass[..., j, None, None] * outer
     return Product(A, B, mass), exact
 
 
-@pytest.mark.parametrize("at_once", [0, 1_500, 2**20])
+@pytest.mark.parametrize("together", [0, 1_500, 2**20])
 @pytest.mark.parametrize("leading", [(7,), (3, 2), (1,)])
-@pytest.mark.parametrize("ranks", [(2, 3, 4), (4,), (3, 0, 1), (0,)])
-def test_any_step_gives_the_sum(at_once, leading, ranks, monkeypatch):
-    monkeypatch.setitem(products.AT_ONCE, "cpu", at_once)
-    product, exact = product_of(leading, ranks)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_any_step_gives_the_sum(together, leading, dtype, monkeypatch):
+    monkeypatch.setitem(products.FACTOR_BYTES, "cpu", together)
+    product, exact = product_of(leading, 4, dtype=dtype)
     total = torch.ones(*leading, 5, 6, dtype=torch.float64)
     add = product.adding_to(total)
     assert bool((total == 1).all())
@@ -36,23 +36,24 @@ def test_any_step_gives_the_sum(at_once, leading, ranks, monkeypatch):
     assert torch.allclose(B @ A, exact, rtol=0, atol=1e-14)
 
 
-def test_what_adding_allocates_is_small_and_there_beforehand(monkeypatch):
-    # Ten steps of one layer: room for one, and nothing while it adds.
-    monkeypatch.setitem(products.AT_ONCE, "cpu", 1)
-    product, _ = product_of((10,), (2, 3))
-    add = product.adding_to(torch.zeros(10, 5, 6, dtype=torch.float64))
+def test_what_adding_takes_is_there_beforehand(monkeypatch):
+    # Four steps of one layer, of a size that BLAS multiplies.
+    monkeypatch.setitem(products.FACTOR_BYTES, "cpu", 1)
+    product, _ = product_of((4,), 16, 96, 128)
+    add = product.adding_to(torch.zeros(4, 96, 128, dtype=torch.float64))
     with torch.profiler.profile(profile_memory=True) as seen:
         add()
     assert sum(max(0, event.self_cpu_memory_usage) for event in seen.events()) <= 16
 
 
-def test_clients_whose_layers_are_not_contiguous_are_added():
-    product, exact = product_of((4,), (3, 2), torch.float64)
+def test_factors_in_any_order_of_memory_are_added():
+    product, exact = product_of((3, 2), 4, dtype=torch.float64)
     turned = Product(
-        tuple(A.mT.contiguous().mT for A in product.A),
-        tuple(B.mT.contiguous().mT for B in product.B),
-        product.mass,
+        product.A.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0),
+        product.B.mT.contiguous().mT,
+        product.mass.transpose(0, 1).contiguous().transpose(0, 1),
     )
-    total = torch.zeros(4, 5, 6, dtype=torch.float64)
+    assert not turned.A.is_contiguous()
+    total = torch.zeros(3, 2, 5, 6, dtype=torch.float64)
     turned.adding_to(total)()
     assert torch.allclose(total, exact, rtol=0, atol=1e-14)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -204,62 +203,50 @@ def terms_of(
 ) -> Terms:
     """What these clients add to the sums, masses relative to ``2^exponent``."""
     terms = Terms()
-    if "stack" in plan.verbs:
-        _weigh_products(terms, batch, edges, exponent)
-    if "average_factors" in plan.verbs:
-        for key in sorted({a.key for a in batch}):
-            _weigh_factors(terms, key, [a for a in batch if a.key == key], exponent)
-    return terms
-
-
-def _weigh_products(
-    terms: Terms, batch: Sequence[Arrival], edges: Sequence[int], exponent: int | None
-) -> None:
-    """``m_k B_k A_k``, part by part."""
-    pieces: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
-    for a in batch:
-        mass = _mass(a, exponent)
-        size = mass * _lengths(a.A, -1) * _lengths(a.B, -2)
-        for part, of in groupby(range(len(a.slots)), lambda i, a=a: part_of(a.slots[i], edges)):  # type: ignore[misc]
-            first, *more = of
-            own = slice(first, first + len(more) + 1)
-            piece = (a.A[..., own, :], a.B[..., own], mass[..., own], size[..., own])
-            pieces.setdefault(part, []).append(piece)
-    for part, some in pieces.items():
-        A, B, masses, sizes = zip(*some, strict=True)
-        terms.products[part] = Product(A, B, torch.cat(masses, dim=-1))
-        terms.sizes["product", part] = torch.cat(sizes, dim=-1).sum(-1)
-
-
-def _weigh_factors(terms: Terms, key: int, batch: Sequence[Arrival], exponent: int | None) -> None:
-    """``m_k A_k`` and ``m_k B_k``, slot by slot."""
+    if not batch:
+        return terms
     A = torch.cat([a.A for a in batch], dim=-2)
     B = torch.cat([a.B for a in batch], dim=-1)
-    mass = torch.cat([_mass(a, exponent) for a in batch], dim=-1)
-    filled = torch.tensor([slot for a in batch for slot in a.slots], device=A.device)
-    slot = torch.arange(1 + int(filled.max()), device=A.device)[:, None] == filled
-    weighed = slot * mass.unsqueeze(-2)
-    terms.rows[key], terms.columns[key] = weighed @ A.double(), B.double() @ weighed.mT
-    for name, length in (("rows", _lengths(A, -1)), ("columns", _lengths(B, -2))):
-        terms.sizes[name, key] = (weighed @ length.unsqueeze(-1)).squeeze(-1)
-
-
-def part_of(slot: int, edges: Sequence[int]) -> int:
-    """The part that a slot's denominator is common to."""
-    return max(i for i, edge in enumerate(edges) if edge <= slot)
-
-
-def _mass(a: Arrival, exponent: int | None) -> Tensor:
-    """What each component is multiplied by in every layer, relative to ``2^exponent``."""
-    return scaled(a.mass, exponent).expand(*a.A.shape[:-1])
+    leading = A.shape[:-2]
+    mass = torch.cat([scaled(a.mass, exponent).expand(*leading, -1) for a in batch], dim=-1)
+    slots = [slot for a in batch for slot in a.slots]
+    length_A, length_B = _lengths(A, -1), _lengths(B, -2)
+    if "stack" in plan.verbs:
+        of = [max(i for i, edge in enumerate(edges) if edge <= slot) for slot in slots]
+        for part, own in _by(of, A):
+            terms.products[part] = Product(own(A, -2), own(B, -1), own(mass, -1))
+            terms.sizes["product", part] = own(mass * length_A * length_B, -1).sum(-1)
+    if "average_factors" in plan.verbs:
+        for key, own in _by([a.key for a in batch for _ in a.slots], A):
+            filled = own(torch.tensor(slots, device=A.device), -1)
+            slot = torch.arange(1 + int(filled.max()), device=A.device)[:, None] == filled
+            weighed = slot * own(mass, -1).unsqueeze(-2)
+            terms.rows[key] = weighed @ own(A, -2).double()
+            terms.columns[key] = own(B, -1).double() @ weighed.mT
+            for name, length in (("rows", length_A), ("columns", length_B)):
+                by_slot = weighed @ own(length, -1).unsqueeze(-1)
+                terms.sizes[name, key] = by_slot.squeeze(-1)
+    return terms
 
 
 def _lengths(X: Tensor, dim: int) -> Tensor:
     """Euclidean norms in float64; in the factors' own dtype as long as their squares fit it."""
     # Of columns, torch's own norm takes six times as long.
     fast = (X * X).sum(dim).sqrt().double()
-    usual = not fast.numel() or (all_finite(fast) and bool(fast.max() > USUAL))
+    usual = all_finite(fast) and bool(fast.max() > USUAL)
     return fast if usual else norms(X.double(), dim)
+
+
+def _by(labels: Sequence[int], like: Tensor) -> Iterator[tuple[int, Callable[..., Tensor]]]:
+    """Each label, and what picks the components that have it; all of them without a copy."""
+    names = sorted(set(labels))
+    if len(names) == 1:
+        yield names[0], lambda X, dim: X
+        return
+    for name in names:
+        places = [i for i, label in enumerate(labels) if label == name]
+        index = torch.tensor(places, device=like.device)
+        yield name, lambda X, dim, index=index: X.index_select(dim, index)
 
 
 def exponent_of(arrival: Arrival) -> int | None:

@@ -12,12 +12,13 @@ from hetlora_agg.aggregate import aggregate
 from hetlora_agg.errors import InputValueError
 from hetlora_agg.layers import aggregate_layers
 from hetlora_agg.running import ALONE, Others, to_numpy
+from hetlora_agg.streaming.alike import Sums
 from hetlora_agg.streaming.arriving import ONE
 from hetlora_agg.streaming.besides import values_of
 from hetlora_agg.streaming.receipts import absent
 from hetlora_agg.streaming.settings import Settings, state_options
 from hetlora_agg.streaming.state import State
-from hetlora_agg.streaming.summing import Sums, bounds_of, results_of
+from hetlora_agg.streaming.summing import bounds_of, results_of
 from hetlora_agg.types import AggregationResult
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from hetlora_agg.errors import InputTypeError, MemoryLimitError
 from hetlora_agg.linalg import exact_arithmetic
 from hetlora_agg.streaming.added import Commit
+from hetlora_agg.streaming.alike import total_of
 from hetlora_agg.streaming.arriving import (
     ONE,
     Arriving,
@@ -37,7 +38,6 @@ from hetlora_agg.streaming.plan import check_accepted
 from hetlora_agg.streaming.receipts import Id, Receipt
 from hetlora_agg.streaming.settings import Settings
 from hetlora_agg.streaming.state import State
-from hetlora_agg.streaming.summing import total_of
 
 Coming = tuple[Id, Receipt, Sequence[Piece]]
 """A client that counts, laid out."""
