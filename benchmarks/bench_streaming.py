@@ -83,8 +83,15 @@ def marks_of(clients: int) -> list[int]:
     return [n for n in steps if n < clients] + [clients]
 
 
-def streamed(model: Model, stream: Stream) -> dict[str, Any]:
-    """Seconds in `add` and peak of the process by number of clients, error, checkpoint."""
+def streamed(model: Model, stream: Stream, few: int = FEW) -> dict[str, Any]:
+    """Seconds in `add` and peak of the process by number of clients, error, checkpoint.
+
+    Args:
+        model: with its clients.
+        stream: what they go through.
+        few: with how many clients the memory of all is compared, and from how many a line is
+            fitted to the seconds.
+    """
     small = replace(model, sizes=SMALL.sizes, clients=200)
     _fill(RunningAggregate(stream.method, **stream.settings(small)), small).result()
     running = RunningAggregate(stream.method, **stream.settings(model))
@@ -101,18 +108,18 @@ def streamed(model: Model, stream: Stream) -> dict[str, Any]:
             continue
         point = {"clients": k + 1, "seconds": taken, "state": running.state_bytes}
         # A roster's result is an error as long as somebody is missing.
-        if k + 1 in (FEW, 1_000, model.clients) and stream.how != "roster":
+        if k + 1 in (few, 1_000, model.clients) and stream.how != "roster":
             point["result"], _ = seconds(running.result)
         # The system's count is a few pages late, so it may seem to fall.
         highest = max(highest, resident())
         points.append(point | {"peak": highest})
         print(stream.label, point, flush=True)
     xs, ys = ([point[key] for point in points] for key in ("clients", "seconds"))
-    few, many = (next(p["peak"] for p in points if p["clients"] == n) for n in (FEW, xs[-1]))
+    few, many = (next(p["peak"] for p in points if p["clients"] == n) for n in (few, xs[-1]))
     checkpoint = costs.checkpoint(running)
     return {
         "points": points,
-        "fit": fit(xs, ys, FEW),
+        "fit": fit(xs, ys, few),
         "resting": resting,
         # A few pages of small layers may all have been there before.
         "growth": {
