@@ -83,15 +83,12 @@ def marks_of(clients: int) -> list[int]:
     return [n for n in steps if n < clients] + [clients]
 
 
-def streamed(model: Model, stream: Stream, few: int = FEW) -> dict[str, Any]:
+def streamed(model: Model, stream: Stream, few: int | None = None) -> dict[str, Any]:
     """Seconds in `add` and peak of the process by number of clients, error, checkpoint.
 
-    Args:
-        model: with its clients.
-        stream: what they go through.
-        few: with how many clients the memory of all is compared, and from how many a line is
-            fitted to the seconds.
+    Growth, and the line fitted to the seconds, begin at ``few`` clients; None is `FEW`.
     """
+    few = FEW if few is None else few
     small = replace(model, sizes=SMALL.sizes, clients=200)
     _fill(RunningAggregate(stream.method, **stream.settings(small)), small).result()
     running = RunningAggregate(stream.method, **stream.settings(model))
@@ -115,7 +112,7 @@ def streamed(model: Model, stream: Stream, few: int = FEW) -> dict[str, Any]:
         points.append(point | {"peak": highest})
         print(stream.label, point, flush=True)
     xs, ys = ([point[key] for point in points] for key in ("clients", "seconds"))
-    few, many = (next(p["peak"] for p in points if p["clients"] == n) for n in (few, xs[-1]))
+    low, high = (next(p["peak"] for p in points if p["clients"] == n) for n in (few, xs[-1]))
     checkpoint = costs.checkpoint(running)
     return {
         "points": points,
@@ -123,8 +120,8 @@ def streamed(model: Model, stream: Stream, few: int = FEW) -> dict[str, Any]:
         "resting": resting,
         # A few pages of small layers may all have been there before.
         "growth": {
-            "peak": many / few,
-            "above": (many - resting) / (few - resting) if few > resting else None,
+            "peak": high / low,
+            "above": (high - resting) / (low - resting) if low > resting else None,
         },
         "error": _error(running, watched) if watched else None,
         "checkpoint": checkpoint,
@@ -268,9 +265,7 @@ def assembled(found: Mapping[str, Any], quick: bool) -> dict[str, Any]:
         ],
         "product": found["product"],
         "products": {
-            name.partition(": ")[2]: row
-            for name, row in found.items()
-            if name.startswith("products: ")
+            name[10:]: row for name, row in found.items() if name.startswith("products: ")
         },
         "layers": layers,
         "layers_fit": fit([r["layers"] for r in layers], [r["seconds"] for r in layers], 1),
