@@ -352,6 +352,25 @@ def test_norms_of_single_layers_may_be_zero(name):
         assert torch.allclose(found[layer].B, expected[layer].B, rtol=1e-10, atol=1e-12)
 
 
+def test_norms_of_single_layers_may_differ_as_far_as_float64_goes_and_no_further():
+    def scaled(size):
+        return [
+            {**own, "q": replace(own["q"], A=own["q"].A * size, B=own["q"].B * size)}
+            for own in clients_for("hetlora")
+        ]
+
+    near = scaled(1e-50)
+    assert_same(
+        filled("hetlora", near, per_layer=True).result(),
+        one_shot("hetlora", near, per_layer=True),
+        near,
+    )
+    far = filled("hetlora", scaled(1e-70), per_layer=True)
+    for ask in (far.result, lambda: far.bound):
+        with pytest.raises(InputValueError, match=r"layers of 9×7: .* less than 1e-120"):
+            ask()
+
+
 @pytest.mark.parametrize("name", ["flexlora", "zeropad", "rbla"])
 @pytest.mark.parametrize("weights", [(1e308, 1.0), (5e-324, 1.0), (5e-324, 5e-324), (1e300, 1e308)])
 def test_weights_at_both_ends(name, weights):

@@ -27,6 +27,9 @@ from hetlora_agg.types import LowRank
 AGREEMENT = 1e-11
 """Largest difference of a share from its sum's, relative to the largest share."""
 
+LEAST_MASS = 2.0**-400
+"""Of the largest in the group: far below, a layer's sum would leave float64."""
+
 UNIT = 2.0**-53
 """Largest relative error of one rounding in float64."""
 
@@ -65,6 +68,14 @@ class Shares:
         self.held = ratio(self.added.exponent, self.exponent)
         self.more = terms_of(waiting, self.added.plan, self.added.edges, self.exponent)
         self.terms = self.added.terms + sum(len(a.slots) for a in waiting) + ROUNDINGS
+        if self.mass is not None and self.mass.dim() > 1:
+            largest = self.mass.amax(-1)
+            if bool(((largest > 0) & (scaled(largest, self.exponent) < LEAST_MASS)).any()):
+                raise InputValueError(
+                    f"layers of {self.added.shape[-2]}×{self.added.shape[-1]}: the norms of one "
+                    "layer's updates are less than 1e-120 of another's, and sums of layers of one "
+                    "size share an exponent; add the one layer to a running aggregate of its own"
+                )
 
     @property
     def lead(self) -> tuple[int, ...]:
