@@ -127,6 +127,7 @@ results: bench-full mutants seeds $(VENV)/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_inflation
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_robustness
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_streaming
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_llama
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_distributed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.plots_streaming
 	$(BIN)/python docs/tables.py

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.report import load, markdown, ran_on
@@ -47,6 +47,42 @@ def streaming_clients() -> str:
         f"\n\n{markdown(head, rows)}\n\n"
         f"Run on {ran_on(found['machine'])}."
     )
+
+
+def streaming_llama() -> str:
+    """Ten thousand clients of a whole large model, by how many have come."""
+    record = load("llama")
+    model, streams = record["results"]["model"], record["results"]["clients"]
+    marks = [p["clients"] for p in streams[0]["points"] if p["clients"] >= 100]
+    rows = [
+        [f"{n:,}", *(cell for row in streams for cell in _so_far(row["points"], n))] for n in marks
+    ]
+    head = ["clients"]
+    for row in streams:
+        head += [f"`{row['method']}`: ms a client", "state, GB", "peak of the process, GB"]
+    ends = []
+    for row in streams:
+        kept, error = row["checkpoint"], row["error"]
+        ends.append(
+            f"`{row['method']}`: error / S "
+            f"{error['watched']:.0e} (bound {error['bound']:.0e}), checkpoint of "
+            f"{kept['bytes'] / 1e9:.2f} GB saved in {kept['save']['wall']:.1f} s and loaded in "
+            f"{kept['load']['wall']:.1f} s"
+        )
+    mean = sum(model["ranks"]) / len(model["ranks"])
+    least, most = min(model["ranks"]), max(model["ranks"])
+    return (
+        f"{model['clients']:,} clients of ranks {least} to {most}, half of them {least}, "
+        f"{mean:.0f} on average, float32; {model['what']}.\n\n"
+        f"{markdown(head, rows)}\n\n{'. '.join(ends)}.\n\nRun on {ran_on(record['machine'])}."
+    )
+
+
+def _so_far(points: Sequence[Mapping[str, Any]], clients: int) -> list[str]:
+    """Time, state and peak when so many had come."""
+    point = next(p for p in points if p["clients"] == clients)
+    times = f"{1e3 * point['seconds'] / clients:.0f}"
+    return [times, *(f"{point[key] / 1e9:.2f}" for key in ("state", "peak"))]
 
 
 def streaming_errors() -> str:
@@ -189,6 +225,7 @@ TABLES = {
     table.__name__: table
     for table in (
         streaming_clients,
+        streaming_llama,
         streaming_errors,
         streaming_products,
         streaming_layers,

@@ -361,6 +361,19 @@ def test_tables_are_of_the_committed_results():
         assert "nan" not in table()
 
 
+def test_a_whole_large_model_took_ten_thousand_clients():
+    results = load("llama")["results"]
+    model = results["model"]
+    assert (model["clients"], len(model["sizes"])) == (10_000, 64)
+    assert {min(model["ranks"]), max(model["ranks"])} == {4, 64}
+    for row in results["clients"]:
+        assert row["points"][-1]["clients"] == 10_000
+        assert row["error"]["watched"] <= row["error"]["bound"]
+        peaks = {point["clients"]: point["peak"] for point in row["points"]}
+        assert peaks[10_000] <= 1.2 * peaks[500]
+        assert f"`{row['method']}`" in TABLES["streaming_llama"]()
+
+
 def test_results_keep_their_targets_or_the_page_says_so():
     results = load("streaming")["results"]
     most = results["targets"]
