@@ -381,7 +381,8 @@ def test_results_keep_their_targets_or_the_page_says_so():
     assert ("**missed** by" in TABLES["streaming_clients"]()) == bool(missed)
     watched = [row["error"]["watched"] for row in results["clients"] if row["error"]]
     assert max(watched + [row["error"] for row in results["one_shot"]]) <= most["error"]
-    assert results["products"][LARGE]["rate"]["machine"] >= most["rate"]
+    assert len(results["products"]) == 4
+    assert min(row["rate"]["machine"] for row in results["products"].values()) >= most["rate"]
     for row in results["truncated"]:
         assert row["error"] <= row["bound"]
     for row in load("distributed")["results"]["jobs"]:
