@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.report import load, markdown, ran_on
@@ -163,49 +163,58 @@ def streaming_truncated() -> str:
 
 def distributed_clients() -> str:
     """Clients shared out over processes."""
+    steps = ("result", "merge")
+    head = ["adding, processor s of the busiest", "adding, wall s"]
+    head += [f"`{name}`, wall s (MB sent)" for name in steps]
     record = load("distributed")
-    rows = []
-    for job in _jobs(record, "clients"):
-        first = job["runs"][0]["summary"]
-        for run in job["runs"]:
-            one, steps = run["summary"], run["summary"]["steps"]
-            rows.append(
-                [
-                    f"{job['model']}, `{job['method']}`",
-                    str(run["processes"]),
-                    f"{one['processor']:.1f} ({first['processor'] / one['processor']:.2f}×)",
-                    f"{one['wall']:.1f} ({first['wall'] / one['wall']:.2f}×)",
-                    *(_step(steps[name]) for name in ("result", "merge")),
-                    f"{steps['result of the merged']['wall']:.2f}",
-                    f"{run['distance']:.0e}",
-                ]
-            )
-    head = ["model", "processes", "adding, processor s of the busiest", "adding, wall s"]
-    head += ["`result`, wall s (MB sent)", "`merge`, wall s (MB sent)", "result after `merge`, s"]
-    head += ["distance from one process"]
-    return f"{markdown(head, rows)}\n\n{_machine(record)}"
+    table = _shared_out(
+        record,
+        "clients",
+        [*head, "result after `merge`, s"],
+        1,
+        lambda found: [
+            *(_step(found[name]) for name in steps),
+            f"{found['result of the merged']['wall']:.2f}",
+        ],
+    )
+    return f"{table}\n\n{_machine(record)}"
 
 
 def distributed_layers() -> str:
     """Layers shared out over processes."""
-    record = load("distributed")
+    head = ["processor s of the busiest", "wall s", "`gather`, s (MB sent)"]
+    return _shared_out(
+        load("distributed"), "layers", head, 2, lambda found: [_step(found["gather"])]
+    )
+
+
+def _shared_out(
+    record: Mapping[str, Any],
+    shared: str,
+    head: Sequence[str],
+    digits: int,
+    steps: Callable[[Mapping[str, Any]], list[str]],
+) -> str:
+    """A row for each number of processes of each job: seconds, how many times less than one's."""
     rows = []
-    for job in _jobs(record, "layers"):
+    for job in _jobs(record, shared):
         first = job["runs"][0]["summary"]
         for run in job["runs"]:
-            one, steps = run["summary"], run["summary"]["steps"]
+            one = run["summary"]
+            spent = (
+                f"{one[key]:.{digits}f} ({first[key] / one[key]:.2f}×)"
+                for key in ("processor", "wall")
+            )
             rows.append(
                 [
                     f"{job['model']}, `{job['method']}`",
                     str(run["processes"]),
-                    f"{one['processor']:.2f} ({first['processor'] / one['processor']:.2f}×)",
-                    f"{one['wall']:.2f} ({first['wall'] / one['wall']:.2f}×)",
-                    _step(steps["gather"]),
+                    *spent,
+                    *steps(one["steps"]),
                     f"{run['distance']:.0e}",
                 ]
             )
-    head = ["model", "processes", "processor s of the busiest", "wall s"]
-    return markdown([*head, "`gather`, s (MB sent)", "distance from one process"], rows)
+    return markdown(["model", "processes", *head, "distance from one process"], rows)
 
 
 def _jobs(record: Mapping[str, Any], shared: str) -> list[Any]:
