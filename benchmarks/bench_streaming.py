@@ -246,7 +246,7 @@ def assembled(found: Mapping[str, Any], quick: bool) -> dict[str, Any]:
     def rows(kind: str) -> list[Any]:
         return [row for name, row in found.items() if name.partition(": ")[0] == kind]
 
-    layers, results = rows("layers"), rows("result")
+    layers, results, of = rows("layers"), rows("result"), "products: "
     return {
         "models": {name: asdict(model) for name, model in models.items()},
         "clients": [
@@ -265,7 +265,7 @@ def assembled(found: Mapping[str, Any], quick: bool) -> dict[str, Any]:
         ],
         "product": found["product"],
         "products": {
-            name[10:]: row for name, row in found.items() if name.startswith("products: ")
+            name.removeprefix(of): row for name, row in found.items() if name.startswith(of)
         },
         "layers": layers,
         "layers_fit": fit([r["layers"] for r in layers], [r["seconds"] for r in layers], 1),

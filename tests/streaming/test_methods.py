@@ -82,6 +82,7 @@ def test_layers_of_one_size_one_at_a_time_under_options(name, told, monkeypatch)
         clients[3] = {"q": clients[3]["q"], "v": clients[3]["v"]}
     running = filled(name, clients, **told)
     assert len(running._state.groups) == 1
+    assert (running._state.most is not None) == ("memory_limit" in told)
     one_at_a_time(running, clients, monkeypatch)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -179,10 +180,7 @@ def _squares(
     """``‖ΔW_k‖²`` by layer, ``(n, *layers, K)``; None where nothing asks for it."""
     if not sums.entry.statistic:
         return None
-    numbers = lead[1:]
-    count = 1
-    for n in numbers:
-        count *= n
+    count = prod(lead[1:])
     rows = []
     for id in there.ids:
         receipt = sums.receipts[id]
