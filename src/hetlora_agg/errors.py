@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MOST = 3000
+"""Characters of a message: what a caller passed as a path or a name may be of any length."""
+
 
 class HetLoRAError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base of every error this library raises on purpose.
+
+    As text it says where at its start and what to do at its end: a message of more than 3,000
+    characters is shown without its middle. ``args`` keeps it whole.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        half = MOST // 2
+        return text if len(text) <= MOST else f"{text[:half]} … {text[-half:]}"
 
 
 class InputValueError(HetLoRAError, ValueError):

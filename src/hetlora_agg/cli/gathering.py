@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,9 @@ def folders_of(arguments: argparse.Namespace) -> list[Path]:
         )
     if source is None:
         return named
-    if source.is_dir():
+    if os.path.isdir(source):
         return subfolders(source)
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise InputValueError(f"--from: {source}: expected a directory or a file, found neither")
     try:
         # A byte order mark is no part of a name; other separators than \n may be.

@@ -136,7 +136,7 @@ def _loaded(path: Path) -> RunningAggregate:
 def _index(folder: Path) -> dict[str, Any]:
     """The last checkpoint's number and files."""
     index = folder / INDEX
-    if not index.exists():
+    if not os.path.exists(index):
         return {"number": 0, "files": []}
     _, told = read(index, FORMAT)
     found: dict[str, Any] = told

@@ -95,7 +95,7 @@ def read(path: str | os.PathLike[str], format: str = FORMAT) -> tuple[dict[str, 
     """
     source = as_path(path, "load", "file")
     again = "load an older checkpoint, or add the clients again"
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise InputValueError(f"{source}: no such file; expected what save(path) writes")
     try:
         with safe_open(source, framework="pt") as file:
