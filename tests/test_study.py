@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, norm
+from scipy.stats import t as student
 from torch import nn
 
 from benchmarks.study import plan as plans
@@ -269,19 +270,32 @@ def test_a_method_that_cannot_take_the_clients_says_why(small):
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95])
-@pytest.mark.parametrize("values", [[0.1, 0.4, -0.2, 0.9, 0.15, 0.15, 2.0], [3.0, 1.0]])
-def test_interval_is_scipys_on_the_same_draws(values, level):
+@pytest.mark.parametrize("values", [[0.1, 0.4, -0.2, 0.9, 0.15, 0.15, 2.0], [3.0, 1.0, 2.5]])
+def test_interval_is_scipys_on_the_same_draws_at_a_level_for_few_values(values, level):
+    n = len(values)
+    z = (n / (n - 1)) ** 0.5 * student.ppf((1 + level) / 2, n - 1)
     found = bootstrap_interval(values, level, seed=7)
     oracle = bootstrap(
         (values,),
         np.mean,
         n_resamples=10_000,
-        confidence_level=level,
+        confidence_level=2 * norm.cdf(z) - 1,
         method="BCa",
         rng=np.random.default_rng(7),
     ).confidence_interval
     assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high), rel=1e-9)
     assert found.mean == pytest.approx(sum(values) / len(values))
+
+
+@pytest.mark.parametrize(("n", "least"), [(5, 0.9), (12, 0.95)])
+def test_interval_holds_the_truth_about_as_often_as_it_says(n, least):
+    # No resample of five values is beyond the largest; beyond all five it is once in sixteen times.
+    rng, trials = np.random.default_rng(n), 800
+    held = sum(
+        not bootstrap_interval(rng.normal(size=n).tolist(), resamples=2000).excludes(0.0)
+        for _ in range(trials)
+    )
+    assert held / trials > least - 3 * (least * (1 - least) / trials) ** 0.5
 
 
 def test_interval_of_values_that_differ_by_rounding_is_as_narrow():
