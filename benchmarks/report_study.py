@@ -12,8 +12,8 @@ from benchmarks.study.claims import CLAIMS
 from benchmarks.study.contenders import MAIN, VARIANTS
 from benchmarks.study.findings import FEWEST, Comparison, Finding, findings, verdict
 from benchmarks.study.plan import Configuration
-from benchmarks.study.results import Table, compare, summary, table_of
-from benchmarks.study.runs import PLANS, STUDY
+from benchmarks.study.results import Table, accuracies, compare, measures, points, table_of
+from benchmarks.study.runs import PLANS, STUDY, load
 from benchmarks.study.statistics import accuracy_last, paired_interval
 
 NAMES = {
@@ -45,6 +45,25 @@ FACTORS: Mapping[str, tuple[str, str]] = {
 """What is different -> group and case of the plan; everything else is as in `main`."""
 
 Plan = Sequence[Configuration]
+
+
+def study_size(folder: Path = STUDY, plan: Plan | None = None) -> str:
+    """How many runs of every data set there are, and what they took."""
+    plan = PLANS["study"]() if plan is None else plan
+    rows, whole = [], [0, 0, 0, 0.0]
+    for data, name in NAMES.items():
+        own = [c for c in plan if c.data == data]
+        records = [r for c in own for r in load(c, folder).values()]
+        seconds = sum(r.get("seconds", 0.0) for r in records)
+        line = [len(own), len(records), sum(len(c.seeds) for c in own), seconds / 60]
+        whole = [a + b for a, b in zip(whole, line, strict=True)]
+        rows.append([name, *_counted(line)])
+    rows.append(["together", *_counted(whole)])
+    return markdown(["data", "configurations", "runs", "planned", "minutes of one core"], rows)
+
+
+def _counted(line: Sequence[float]) -> list[str]:
+    return [f"{x:,.0f}" for x in line]
 
 
 def study_claims(folder: Path = STUDY, plan: Plan | None = None) -> str:
@@ -88,8 +107,13 @@ def _verdicts(found: Mapping[tuple[str, str], Sequence[tuple[Comparison, Finding
 
 
 def study_methods(data: str, folder: Path = STUDY, plan: Plan | None = None) -> str:
-    """Every method on one data set under the usual settings."""
-    return summary(table_of(_all(plan), folder, data=data, group="main", case=""))
+    """Accuracy of every method on one data set under the usual settings."""
+    return accuracies(table_of(_all(plan), folder, data=data, group="main", case=""))
+
+
+def study_measures(data: str, folder: Path = STUDY, plan: Plan | None = None) -> str:
+    """What else was measured in the same runs."""
+    return measures(table_of(_all(plan), folder, data=data, group="main", case=""))
 
 
 def study_factors(data: str = "digits", folder: Path = STUDY, plan: Plan | None = None) -> str:
@@ -108,8 +132,7 @@ def _change(changed: Mapping[int, object], usual: Mapping[int, object]) -> str:
         return "–"
     ours, theirs = ([100 * accuracy_last(t[s]) for s in both] for t in (changed, usual))  # type: ignore
     x = paired_interval(ours, theirs)
-    text = f"{x.mean:+.1f}"
-    return f"{f'**{text}**' if x.excludes(0.0) else text} ({x.low:+.1f} to {x.high:+.1f})"
+    return points(x, "+", x.excludes(0.0))
 
 
 def study_best(folder: Path = STUDY, plan: Plan | None = None) -> str:
@@ -165,7 +188,11 @@ def _all(plan: Plan | None) -> Plan:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
-    **{f.__name__: f for f in (study_claims, study_factors, study_best, study_combinations)},
+    **{
+        f.__name__: f
+        for f in (study_size, study_claims, study_factors, study_best, study_combinations)
+    },
     **{f"study_{data}": partial(study_methods, data) for data in NAMES},
+    **{f"study_{data}_measures": partial(study_measures, data) for data in NAMES},
 }
 """Name in a page's comment -> what stands there."""

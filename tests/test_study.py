@@ -614,16 +614,31 @@ def test_tables_hold_what_ran_and_compare_equal_seeds(tmp_path):
     assert results.compare(table, "flexlora") == {}
 
 
-def test_a_summary_puts_the_best_first(small, tmp_path):
+def test_tables_put_the_best_first(small, tmp_path):
     plan = [configuration("zeropad"), configuration("rb")]
     whole = runs.execute(configuration("rb", rounds=3), 0)
     for c, accuracy in zip(plan, (0.6, 0.8), strict=True):
         runs.save(c, {0: whole | record(accuracy), 1: whole | record(accuracy)}, tmp_path, {})
-    lines = results.summary(results.table_of(plan, tmp_path)).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| rb", "| zeropad"]
-    assert "0.800 (0.800 to 0.800)" in lines[2]
-    assert "+0.200 (+0.200 to +0.200) p=0.5" in lines[2]
-    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    for table in (results.accuracies, results.measures):
+        lines = table(results.table_of(plan, tmp_path)).splitlines()
+        assert [line.split(" | ")[0] for line in lines[2:]] == ["| `rb`", "| `zeropad`"]
+        assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    lines = results.accuracies(results.table_of(plan, tmp_path)).splitlines()
+    assert "| 80.0 (80.0 to 80.0) |" in lines[2]
+    assert "| +20.0 (+20.0 to +20.0) |" in lines[2]
     one = {"rb": {0: whole | record(0.8)}, "zeropad": {0: whole | record(0.6)}}
-    assert "| 0.800 |" in results.summary(one)
-    assert "| +0.200 |" in results.summary(one)
+    assert "| 80.0 |" in results.accuracies(one)
+    assert "| +20.0 |" in results.accuracies(one)
+
+
+def test_bold_is_what_the_adjusted_test_finds(small):
+    whole = runs.execute(configuration("rb", rounds=3), 0)
+    seeds = range(8)
+    table = {
+        "zeropad": {s: whole | record(0.6) for s in seeds},
+        "rb": {s: whole | record(0.7 + s / 100) for s in seeds},
+        "rbla": {s: whole | record(0.6 + (-1) ** s / 100) for s in seeds},
+    }
+    rb, rbla = (results.accuracies(table).splitlines()[i] for i in (2, 3))
+    assert "| **+13.5** (" in rb
+    assert "**" not in rbla

@@ -1,5 +1,7 @@
 """The papers' claims: what their comparisons are of, how runs decide them, how they are shown."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks import plots_study, report_study
@@ -201,8 +203,21 @@ def test_methods_of_one_data_set(tmp_path):
     plan = kept(tmp_path, "main", "", {"rb": 0.7, "zeropad": 0.6})
     plan += kept(tmp_path, "main", "", {"rb": 0.2}, "mnist_5k")
     first, second = cells(report_study.study_methods("digits", tmp_path, plan))
-    assert (first[0], second[0]) == ("rb", "zeropad")
-    assert first[5] == "+0.100 (+0.100 to +0.100) p=0.031"
+    assert (first[0], second[0]) == ("`rb`", "`zeropad`")
+    assert first[5] == "**+10.0** (+10.0 to +10.0)"
+
+
+def test_size_counts_runs_and_their_minutes(tmp_path):
+    plan = kept(tmp_path, "main", "", {"rb": 0.7, "zeropad": 0.6})
+    plan += kept(tmp_path, "main", "", {"rb": 0.2}, "mnist_5k")
+    for c in plan:
+        taken = {seed: {**r, "seconds": 90.0} for seed, r in runs.load(c, tmp_path).items()}
+        runs.save(c, taken, tmp_path, {})
+    plan[0] = dataclasses.replace(plan[0], seeds=tuple(range(10)))
+    found = {row[0]: row[1:] for row in cells(report_study.study_size(tmp_path, plan))}
+    assert found["digits"] == ["2", "12", "16", "18"]
+    assert found["MNIST"] == ["1", "6", "6", "9"]
+    assert found["together"] == ["3", "18", "22", "27"]
 
 
 def test_pictures_have_a_panel_for_each_data_set_and_method(tmp_path):

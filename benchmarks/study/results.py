@@ -31,6 +31,9 @@ Metric = Callable[[Record], float]
 Table = dict[str, dict[int, Record]]
 """Label -> seed -> record, of what ran."""
 
+ALPHA = 0.05
+"""Of the permutation tests, after Holm's adjustment."""
+
 BASELINES = ("zeropad", "flexlora")
 """What every method is compared with."""
 
@@ -89,52 +92,76 @@ def compare(table: Table, baseline: str, metric: Metric = accuracy_last) -> dict
     }
 
 
-def summary(table: Table) -> str:
-    """A line per label, best first: metrics, differences to the baselines, noises, bytes, time."""
+def accuracies(table: Table) -> str:
+    """A line per label, best first: accuracy in percent, and differences in points.
+
+    Bold are differences that the permutation test finds at 0.05 after Holm's adjustment.
+    """
     against = {name: compare(table, name) for name in BASELINES}
-    head = ["method", "seeds", *METRICS, *(f"− {name}" for name in BASELINES)]
-    head += ["aggregation noise", "initialisation noise", "energy ratio", "MB up", "MB down"]
+    head = ["method", "seeds", *METRICS, *(f"− `{name}`" for name in BASELINES)]
     rows = [
         [
-            label,
+            f"`{label}`",
             str(len(own)),
-            *(_metric(metric, own.values()) for metric in METRICS.values()),
+            *(_percent(metric, own.values()) for metric in METRICS.values()),
             *(_difference(against[name].get(label)) for name in BASELINES),
+        ]
+        for label, own in _best_first(table)
+    ]
+    return markdown(head, rows)
+
+
+def measures(table: Table) -> str:
+    """A line per label, best first: noises, what is in the leading ranks, bytes, the server's time.
+
+    Noises are means over rounds, the ratio is the last round's, bytes are a run's sum.
+    """
+    head = ["method", "aggregation noise", "initialisation noise", "energy kept", "energy ratio"]
+    rows = [
+        [
+            f"`{label}`",
             *(f"{_mean(own, name, statistics.fmean):.2g}" for name in NOISES),
+            f"{_mean(own, 'energy_kept', statistics.fmean):.3f}",
             f"{_mean(own, 'energy_ratio', lambda rounds: rounds[-1]):.2f}",
             *(f"{_mean(own, name, float) / 1e6:.2f}" for name in ("bytes_up", "bytes_down")),
             f"{1e3 * _mean(own, 'server_seconds', float):.1f}",
         ]
-        for label, own in sorted(
-            table.items(), key=lambda item: -statistics.fmean(map(accuracy_last, item[1].values()))
-        )
+        for label, own in _best_first(table)
     ]
-    return markdown([*head, "server ms"], rows)
+    return markdown([*head, "MB up", "MB down", "server ms"], rows)
 
 
 NOISES = ("aggregation_noise", "initialisation_noise")
+
+
+def _best_first(table: Table) -> list[tuple[str, dict[int, Record]]]:
+    return sorted(
+        table.items(), key=lambda item: -statistics.fmean(map(accuracy_last, item[1].values()))
+    )
 
 
 def _mean(own: Mapping[int, Record], name: str, reduce: Callable[[Any], float]) -> float:
     return statistics.fmean(reduce(record[name]) for record in own.values())
 
 
-def _metric(metric: Metric, records: Iterable[Record]) -> str:
-    values = [metric(record) for record in records]
-    return _interval(bootstrap_interval(values), "", len(values))
+def _percent(metric: Metric, records: Iterable[Record]) -> str:
+    values = [100 * metric(record) for record in records]
+    return points(bootstrap_interval(values), several=len(values) > 1)
 
 
 def _difference(comparison: Comparison | None) -> str:
     if comparison is None:
         return "–"
-    text = _interval(comparison.difference, "+", comparison.seeds)
-    return f"{text} p={comparison.p:.2g}" if comparison.seeds > 1 else text
+    x, found = comparison.difference, comparison.p < ALPHA
+    whole = Interval(100 * x.mean, 100 * x.low, 100 * x.high)
+    return points(whole, "+", found, comparison.seeds > 1)
 
 
-def _interval(x: Interval, sign: str, seeds: int) -> str:
-    """One seed has no interval."""
-    ends = f" ({x.low:{sign}.3f} to {x.high:{sign}.3f})" if seeds > 1 else ""
-    return f"{x.mean:{sign}.3f}{ends}"
+def points(x: Interval, sign: str = "", bold: bool = False, several: bool = True) -> str:
+    """A mean to a decimal, with its interval; one value has none."""
+    mean = f"{x.mean:{sign}.1f}"
+    ends = f" ({x.low:{sign}.1f} to {x.high:{sign}.1f})" if several else ""
+    return f"{f'**{mean}**' if bold else mean}{ends}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -146,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for key in dict.fromkeys((c.setting, c.data, c.group, c.case) for c in plan):
         wanted = dict(zip(("setting", "data", "group", "case"), key, strict=True))
         if table := table_of(plan, folder, **wanted):
-            print(f"## {', '.join(part for part in key if part)}\n\n{summary(table)}\n")
+            head = ", ".join(part for part in key if part)
+            print(f"## {head}\n\n{accuracies(table)}\n\n{measures(table)}\n")
 
 
 if __name__ == "__main__":
