@@ -94,20 +94,20 @@ bench-full: $(VENV)/.bench
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.bench_adapters
 	$(BIN)/python -m benchmarks.plots
 
-# A few minutes' look at the study; it replaces no result.
-study-quick: $(VENV)/.study
-	$(BIN)/python -m benchmarks.study.runs --quick --workers $(THREADS)
-	$(BIN)/python -m benchmarks.study.results --quick
+# A few minutes' look at the study; it replaces no result. A run that breaks is told at its end.
+study-quick: study-text
+	@$(BIN)/python -m benchmarks.study.runs --quick --workers $(THREADS); ran=$$?; \
+		$(BIN)/python -m benchmarks.study.results --quick && exit $$ran
 
-# Every method in training, ablations on the smaller data, and text; under three hours on two cores.
+# docs/evidence.md: every method in training, ablations on the smaller data, and text, then pictures
+# and tables; under three hours on two cores, a graphics card takes the text when there is one.
 # Interrupted, it goes on where it was. study-full: the ablations on both data sets.
-study: study-text
-	$(BIN)/python -m benchmarks.study.runs --workers $(THREADS)
-	$(BIN)/python -m benchmarks.study.results
-
-study-full: study-text
-	$(BIN)/python -m benchmarks.study.runs --full --workers $(THREADS)
-	$(BIN)/python -m benchmarks.study.results
+study: PLAN :=
+study-full: PLAN := --full
+study study-full: study-text
+	@$(BIN)/python -m benchmarks.study.runs $(PLAN) --workers $(THREADS); ran=$$?; \
+		$(BIN)/python -m benchmarks.study.results && $(BIN)/python -m benchmarks.plots_study \
+		&& $(BIN)/python docs/tables.py && exit $$ran
 
 # Every property of the tests under thirty seeds; the better part of an hour on one core.
 seeds: $(VENV)/.test
@@ -120,7 +120,7 @@ mutants: $(VENV)/.mutants
 	$(BIN)/python docs/tables.py
 
 # Every number in README.md and docs/, then the tables themselves.
-results: bench-full mutants seeds $(VENV)/.demo
+results: bench-full mutants seeds study $(VENV)/.demo
 	$(BIN)/hetlora-agg simulate --methods all --out benchmarks/results --force
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_theory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_published

@@ -38,6 +38,12 @@ TEXT: Mapping[str, Mapping[str, Any]] = {
 TEXT_BASE = {"rounds": 5, "local_epochs": 1, "learning_rate": 0.003}
 """What federations of text have in common."""
 
+ON_TEXT = (*MAIN, "flora, summed and cut")
+"""The main methods, FLoRA in both forms."""
+
+GLANCE = ("zeropad", "flexlora", "rb")
+"""Of the quick look at text."""
+
 EQUAL = {"ranks": (8,) * 10}
 RANK_DISTRIBUTIONS: Mapping[str, tuple[int, ...]] = {
     "one high": (2,) * 9 + (16,),
@@ -114,11 +120,14 @@ def full() -> Plan:
 
 
 def quick() -> Plan:
-    """A few rounds of every method on the smaller data set, one seed; of the main ones on both."""
+    """A few rounds of every method on the smaller data set, one seed; of the main ones on both;
+    one round of three on text.
+    """
     short = {data: {**base, "rounds": 5} for data, base in BASE.items()}
     return [
         *_configurations("digits", "quick", sorted({*METHODS} - {"fedit"}), short["digits"], [0]),
         *_configurations("mnist_5k", "quick", MAIN, short["mnist_5k"], [0]),
+        *_texts("vader_corpora", "quick", {**TEXT["vader_corpora"], "rounds": 1}, GLANCE, [0]),
     ]
 
 
@@ -182,20 +191,27 @@ def texts() -> Plan:
 
 def thirty_clients() -> Plan:
     """The same sentences, split to thirty."""
-    return _texts("vader_dirichlet", "main", {"ranks": 3 * RANKS}, "30 clients")
+    return _texts("vader_dirichlet", "main", {"ranks": 3 * RANKS}, case="30 clients")
 
 
-def _texts(data: str, group: str, settings: Mapping[str, Any], case: str = "") -> Plan:
-    """The main methods, FLoRA in both forms, with adapters that travel as PEFT files."""
+def _texts(
+    data: str,
+    group: str,
+    settings: Mapping[str, Any],
+    labels: Sequence[str] = ON_TEXT,
+    seeds: Sequence[int] = FEW_SEEDS,
+    case: str = "",
+) -> Plan:
+    """Federations of sentences, with adapters that travel as PEFT files."""
     settings = {**TEXT_BASE, **settings}
     return [
         Configuration(
             *("text", data, group, label, settings),
             clients="peft files",
             case=case,
-            seeds=FEW_SEEDS,
+            seeds=tuple(seeds),
         )
-        for label in (*MAIN, "flora, summed and cut")
+        for label in labels
     ]
 
 
