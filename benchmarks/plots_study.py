@@ -1,11 +1,11 @@
 """The pictures of ``docs/evidence.md``, from the study's records alone.
 
-``python -m benchmarks.plots_study`` writes ``docs/img/study_rounds.png``, ``study_differences.png``
-and ``study_factors.png``.
+``python -m benchmarks.plots_study`` writes four of them, ``docs/img/study_rounds.png`` and so on.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from benchmarks.plots import COLOURS, IMAGES, MARKERS
-from benchmarks.report_study import FACTORS, NAMES
+from benchmarks.report_study import FACTORS, NAMES, Standing, standings
 from benchmarks.study.contenders import MAIN
 from benchmarks.study.findings import FEWEST
 from benchmarks.study.plan import Configuration
@@ -99,6 +100,31 @@ def draw_factors(plan: Plan, folder: Path, data: str = "digits") -> Figure:
     return figure
 
 
+def draw_settings(standings: Sequence[Standing]) -> Figure:
+    """Under every setting how far each main method is behind the best one, in points.
+
+    Framed are the best one and those that cannot be told from it.
+    """
+    behind = np.array(
+        [[max(s.mean.values()) - s.mean.get(m, np.nan) for m in MAIN] for s in standings]
+    ).reshape(len(standings), len(MAIN))
+    figure = Figure(figsize=(9, 1.5 + 0.28 * len(standings)), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(behind, cmap="Blues", vmin=0, vmax=20, aspect="auto")
+    for y, x in itertools.product(range(len(standings)), range(len(MAIN))):
+        if np.isfinite(behind[y, x]):
+            dark = "white" if behind[y, x] > 12 else "black"
+            axes.text(x, y, f"{behind[y, x]:.1f}", color=dark, ha="center", va="center", fontsize=7)
+        if behind[y, x] == 0 or MAIN[x] in standings[y].level:
+            frame = Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, fill=False, edgecolor="#c44e00")
+            axes.add_patch(frame)
+    axes.set_yticks(range(len(standings)), [s.setting for s in standings], fontsize=7)
+    axes.set_xticks(range(len(MAIN)), MAIN, fontsize=8)
+    axes.xaxis.tick_top()
+    axes.set_xlabel("points of accuracy behind the best; framed: best, or not told from it")
+    return figure
+
+
 def _panels(figure: Figure, tables: Mapping[str, Table]) -> zip[tuple[Axes, tuple[str, Table]]]:
     """Two panels to a row."""
     panels = figure.subplots(-(-len(tables) // 2), 2, squeeze=False).flat
@@ -134,6 +160,7 @@ def main() -> None:
         ("rounds", draw_rounds(tables)),
         ("differences", draw_differences(tables)),
         ("factors", draw_factors(plan, STUDY)),
+        ("settings", draw_settings([*standings(STUDY, plan)])),
     ):
         figure.savefig(IMAGES / f"study_{name}.png")
         print(IMAGES / f"study_{name}.png")

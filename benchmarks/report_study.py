@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -135,28 +136,47 @@ def _change(changed: Mapping[int, object], usual: Mapping[int, object]) -> str:
     return points(x, "+", x.excludes(0.0))
 
 
-def study_best(folder: Path = STUDY, plan: Plan | None = None) -> str:
-    """Under every setting the best of the main methods and those that cannot be told from it."""
-    rows = []
+@dataclass(frozen=True)
+class Standing:
+    """The main methods under one setting.
+
+    Attributes:
+        setting: data, group and case.
+        mean: accuracy in percent by method, the best first.
+        level: methods that cannot be told from the best one: the interval of the difference holds
+            zero.
+    """
+
+    setting: str
+    mean: Mapping[str, float]
+    level: frozenset[str]
+
+
+def standings(folder: Path = STUDY, plan: Plan | None = None) -> Iterator[Standing]:
+    """One for every setting in which two of the main methods or more have seeds enough."""
     plan = _all(plan)
-    settings = dict.fromkeys((c.data, c.group, c.case) for c in plan if c.label in MAIN)
-    for data, group, case in settings:
+    for data, group, case in dict.fromkeys((c.data, c.group, c.case) for c in plan):
         table = table_of(plan, folder, data=data, group=group, case=case)
         own = {m: runs for m, runs in table.items() if m in MAIN and len(runs) >= FEWEST}
         if len(own) < 2:
             continue
-        mean = {m: statistics.fmean(map(accuracy_last, runs.values())) for m, runs in own.items()}
-        order = sorted(mean, key=lambda m: -mean[m])
+        order = sorted(own, key=lambda m: -_mean(own, m))
         against = compare(own, order[0])
-        level = [m for m in order[1:] if not against[m].difference.excludes(0.0)]
-        rows.append(
-            [
-                ", ".join(part for part in (NAMES[data], group, case) if part),
-                f"`{order[0]}` {100 * mean[order[0]]:.1f}",
-                ", ".join(f"`{m}` {100 * mean[m]:.1f}" for m in level) or "none",
-                f"`{order[-1]}` {100 * mean[order[-1]]:.1f}",
-            ]
+        yield Standing(
+            ", ".join(part for part in (NAMES[data], group, case) if part),
+            {m: 100 * _mean(own, m) for m in order},
+            frozenset(m for m in order[1:] if not against[m].difference.excludes(0.0)),
         )
+
+
+def study_best(folder: Path = STUDY, plan: Plan | None = None) -> str:
+    """Under every setting the best of the main methods and those that cannot be told from it."""
+    rows = []
+    for standing in standings(folder, plan):
+        named = {m: f"`{m}` {mean:.1f}" for m, mean in standing.mean.items()}
+        order = list(named)
+        level = ", ".join(named[m] for m in order if m in standing.level)
+        rows.append([standing.setting, named[order[0]], level or "none", named[order[-1]]])
     return markdown(["setting", "best", "not told from it (95 % interval)", "last"], rows)
 
 

@@ -239,3 +239,22 @@ def test_pictures_have_a_panel_for_each_data_set_and_method(tmp_path):
     drawn = {axes.get_title(): len(axes.lines) - 1 for axes in panels}
     assert drawn.pop("rb") == 2
     assert set(drawn.values()) == {0}
+
+
+def test_the_picture_of_settings_says_how_far_each_is_behind_and_frames_the_first(tmp_path):
+    plan = kept(tmp_path, "main", "", {"rb": 0.7, "zeropad": 0.6, "flora": 0.7})
+    plan += kept(tmp_path, "skew", "0.1", {"rb": 0.5, "zeropad": 0.75})
+    standings = [*report_study.standings(tmp_path, plan)]
+    assert [(s.setting, [*s.mean], s.level) for s in standings] == [
+        ("digits, main", ["rb", "flora", "zeropad"], frozenset({"flora"})),
+        ("digits, skew, 0.1", ["zeropad", "rb"], frozenset()),
+    ]
+    (axes,) = plots_study.draw_settings(standings).axes
+    said = {text.get_position(): text.get_text() for text in axes.texts}
+    rb, zeropad, flora = (report_study.MAIN.index(m) for m in ("rb", "zeropad", "flora"))
+    assert said == {
+        (rb, 0): "0.0", (zeropad, 0): "10.0", (flora, 0): "0.0",
+        (rb, 1): "25.0", (zeropad, 1): "0.0",
+    }  # fmt: skip
+    framed = {(round(p.get_x() + 0.46), round(p.get_y() + 0.42)) for p in axes.patches}
+    assert framed == {(rb, 0), (flora, 0), (zeropad, 1)}
