@@ -13,9 +13,18 @@ from benchmarks.study.claims import CLAIMS
 from benchmarks.study.contenders import MAIN, VARIANTS
 from benchmarks.study.findings import FEWEST, Comparison, Finding, findings, verdict
 from benchmarks.study.plan import Configuration
-from benchmarks.study.results import Table, accuracies, compare, measures, points, table_of
+from benchmarks.study.results import (
+    ALPHA,
+    Record,
+    Table,
+    accuracies,
+    compare,
+    measures,
+    points,
+    table_of,
+)
 from benchmarks.study.runs import PLANS, STUDY, load
-from benchmarks.study.statistics import accuracy_last, paired_interval
+from benchmarks.study.statistics import Interval, accuracy_last, paired_interval
 
 NAMES = {
     "digits": "digits",
@@ -49,18 +58,20 @@ Plan = Sequence[Configuration]
 
 
 def study_size(folder: Path = STUDY, plan: Plan | None = None) -> str:
-    """How many runs of every data set there are, and what they took."""
+    """How many runs of every data set there are, what they took, and where they all start."""
     plan = PLANS["study"]() if plan is None else plan
-    rows, whole = [], [0, 0, 0, 0.0]
+    rows, whole = [], [0.0] * 4
     for data, name in NAMES.items():
         own = [c for c in plan if c.data == data]
         records = [r for c in own for r in load(c, folder).values()]
+        starts = [100 * r["accuracy"][0] for r in records if "accuracy" in r]
         seconds = sum(r.get("seconds", 0.0) for r in records)
-        line = [len(own), len(records), sum(len(c.seeds) for c in own), seconds / 60]
+        line = [len(own), sum(len(c.seeds) for c in own), len(records), seconds / 60]
         whole = [a + b for a, b in zip(whole, line, strict=True)]
-        rows.append([name, *_counted(line)])
-    rows.append(["together", *_counted(whole)])
-    return markdown(["data", "configurations", "runs", "planned", "minutes of one core"], rows)
+        rows.append([name, *_counted(line), f"{statistics.fmean(starts):.1f}" if starts else "–"])
+    rows.append(["together", *_counted(whole), "–"])
+    head = ["data", "configurations", "runs planned", "recorded", "minutes of one core"]
+    return markdown([*head, "accuracy before round 1, %"], rows)
 
 
 def _counted(line: Sequence[float]) -> list[str]:
@@ -184,19 +195,46 @@ def study_combinations(folder: Path = STUDY, plan: Plan | None = None) -> str:
     """Combinations of the library's pieces against the best registered method of each data set."""
     rows = []
     for data in NAMES:
-        table = table_of(_all(plan), folder, data=data, group="main", case="")
-        table = {label: own for label, own in table.items() if len(own) >= FEWEST}
-        registered = [label for label in table if label not in VARIANTS]
-        if not registered:
+        registered, combined = combinations(data, folder, _all(plan))
+        if not registered or not combined:
             continue
-        best = max(registered, key=lambda m: _mean(table, m))
-        own = {m: runs for m, runs in table.items() if m in VARIANTS or m == best}
-        for label, found in compare(own, best).items():
-            x = found.difference
-            gain = f"{100 * x.mean:+.1f} ({100 * x.low:+.1f} to {100 * x.high:+.1f})"
-            rows.append([NAMES[data], f"`{best}`", f"`{label}`", gain, f"{found.p:.2g}"])
+        best = max(registered, key=lambda m: _mean(registered, m))
+        found = compare({best: registered[best], **combined}, best)
+        for label in sorted(found, key=lambda m: -found[m].difference.mean):
+            x, p = found[label].difference, found[label].p
+            gain = Interval(100 * x.mean, 100 * x.low, 100 * x.high)
+            rows.append(
+                [
+                    NAMES[data],
+                    f"`{best}` {100 * _mean(registered, best):.1f}",
+                    f"`{label}`",
+                    points(gain, "+", p < ALPHA),
+                    f"{p:.2g}",
+                    *(
+                        f"{_megabytes(t[m]):.2f}"
+                        for t, m in ((combined, label), (registered, best))
+                    ),
+                ]
+            )
     head = ["data", "best registered", "combination", "difference in points", "p (Holm)"]
-    return markdown(head, rows)
+    return markdown([*head, "MB down", "of the best"], rows)
+
+
+def combinations(data: str, folder: Path, plan: Plan) -> tuple[Table, Table]:
+    """Registered methods, and combinations by a name that says all of them, on the same seeds."""
+    registered: Table = {}
+    combined: Table = {}
+    for case in dict.fromkeys(c.case for c in plan):
+        table = table_of(plan, folder, data=data, group="combine", case=case)
+        for label, own in table.items():
+            if len(own) >= FEWEST:
+                name = f"{label}, {case}" if case else label
+                (combined if case or label in VARIANTS else registered)[name] = own
+    return registered, combined
+
+
+def _megabytes(runs: Mapping[int, Record]) -> float:
+    return statistics.fmean(r["bytes_down"] for r in runs.values()) / 1e6
 
 
 def _mean(table: Table, label: str) -> float:

@@ -77,6 +77,16 @@ def test_seeds_are_enough_for_the_adjusted_test_to_find_something():
         assert len(compared) * 2 / 2 ** min(seeds) < 0.05
 
 
+def test_combinations_are_tested_on_seeds_that_nothing_else_has():
+    combined = [c for c in PLANS["study"] if c.group == "combine"]
+    assert {c.data for c in combined} == set(plans.BASE)
+    seen = {seed for c in PLANS["full"] if c.group != "combine" for seed in c.seeds}
+    for c in combined:
+        assert not set(c.seeds) & seen
+        assert len(c.seeds) >= 10
+    assert {c.label for c in combined if not c.case and c.label in METHODS} == {*plans.STRONGEST}
+
+
 def test_every_factor_is_varied_on_the_main_methods():
     for group, cases in {
         "ranks": {"one high", "two levels"},

@@ -16,7 +16,13 @@ PLAN = runs.PLANS["study"]()
 def run_of(accuracy, **measures):
     constant = {"aggregation_noise": 0.1, "initialisation_noise": 0.2, "energy_kept": 0.9}
     known = {name: [value] * 3 for name, value in (constant | measures).items()}
-    return {"accuracy": [0.5, *accuracy], "energy_ratio": [0.5, 0.6, 0.75], "bytes_up": 7, **known}
+    return {
+        "accuracy": [0.5, *accuracy],
+        "energy_ratio": [0.5, 0.6, 0.75],
+        "bytes_up": 7,
+        "bytes_down": 9,
+        **known,
+    }
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.says)
@@ -177,6 +183,7 @@ def test_every_factor_is_a_case_of_the_plan():
     assert varied - set(report_study.FACTORS.values()) == {
         ("align", "rotation"),
         ("prune", "unpruned"),
+        ("combine", "restarting"),
     }
 
 
@@ -188,9 +195,13 @@ def test_the_best_and_who_cannot_be_told_from_it(tmp_path):
 
 
 def test_combinations_are_held_against_the_best_registered_method(tmp_path):
-    plan = kept(tmp_path, "main", "", {"rb": 0.7, "fedex": 0.8, "rb, floor 0.3": 0.85})
-    (row,) = cells(report_study.study_combinations(tmp_path, plan))
-    assert row == ["digits", "`fedex`", "`rb, floor 0.3`", "+5.0 (+5.0 to +5.0)", "0.031"]
+    plan = kept(tmp_path, "main", "", {"zeropad": 0.9})
+    plan += kept(tmp_path, "combine", "", {"rb": 0.7, "fedex": 0.8, "rb, floor 0.3": 0.85})
+    plan += kept(tmp_path, "combine", "restarting", {"rb": 0.75})
+    first, second = cells(report_study.study_combinations(tmp_path, plan))
+    assert (first[0], first[1].split()[0]) == ("digits", "`fedex`")
+    assert first[2:5] == ["`rb, floor 0.3`", "+5.0 (+5.0 to +5.0)", "0.062"]
+    assert second[2:4] == ["`rb, restarting`", "-5.0 (-5.0 to -5.0)"]
 
 
 def test_every_table_can_be_made_of_nothing(tmp_path, monkeypatch):
@@ -215,9 +226,9 @@ def test_size_counts_runs_and_their_minutes(tmp_path):
         runs.save(c, taken, tmp_path, {})
     plan[0] = dataclasses.replace(plan[0], seeds=tuple(range(10)))
     found = {row[0]: row[1:] for row in cells(report_study.study_size(tmp_path, plan))}
-    assert found["digits"] == ["2", "12", "16", "18"]
-    assert found["MNIST"] == ["1", "6", "6", "9"]
-    assert found["together"] == ["3", "18", "22", "27"]
+    assert found["digits"] == ["2", "16", "12", "18", "50.0"]
+    assert found["MNIST"] == ["1", "6", "6", "9", "50.0"]
+    assert found["together"] == ["3", "22", "18", "27", "–"]
 
 
 def test_pictures_have_a_panel_for_each_data_set_and_method(tmp_path):

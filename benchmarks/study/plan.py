@@ -17,6 +17,9 @@ find anything after the adjustment for as many methods as there are."""
 FEW_SEEDS = SEEDS[:5]
 """Of ablations and long runs."""
 
+NEW_SEEDS = tuple(range(12, 24))
+"""Of combinations: what they were put together on is not what they are tested on."""
+
 TUNING_SEEDS = (100, 101, 102)
 """What the transformers, their adapters and the learning rates were chosen on."""
 
@@ -56,6 +59,15 @@ DIRICHLETS = (0.1, 1.0, 100.0)
 
 RATES = (0.005, 0.02)
 """Next to the base's learning rate, 0.01: a method that dilutes might only want larger steps."""
+
+RESTARTING = ("flexlora", "rb", "rb, floor 0.3", "rb, floor 0.6")
+"""What is combined with clients that start afresh from a base weight that took the update."""
+
+COMBINED = ("flexlora, rest folded", "rb, rest folded", "rb, floor 0.3", "rb, floor 0.6")
+"""Combinations whose clients are the usual ones."""
+
+STRONGEST = ("flora", "fedex", "flexlora", "glora", "fedhl")
+"""Registered methods that combinations are held against: those in front on the first seeds."""
 
 SLICED = ("zeropad", "hetlora", "replicate", "rbla", "fedrot", "flora", "flexlora", "rb")
 """Methods whose clients train slices, or start afresh: those whose clients can be changed."""
@@ -108,6 +120,7 @@ def study() -> Plan:
     return [
         *(c for data in BASE for c in [*main(data), *equal_ranks(data), *few_rounds(data)]),
         *(c for data in BASE for c in unpruned(data)),
+        *(c for data in BASE for c in combinations(data)),
         *long_runs("digits"),
         *ablations("digits"),
         *texts(),
@@ -154,6 +167,13 @@ def few_rounds(data: str) -> Plan:
 def unpruned(data: str) -> Plan:
     """HetLoRA without what its clients do, next to `main`."""
     return _configurations(data, "prune", ["hetlora"], BASE[data], SEEDS, "unpruned", "unpruned")
+
+
+def combinations(data: str) -> Plan:
+    """Combinations of the library's pieces, and the strongest registered methods, on new seeds."""
+    usual = _configurations(data, "combine", (*STRONGEST, *COMBINED), BASE[data], NEW_SEEDS)
+    new = "restarting"
+    return [*usual, *_configurations(data, "combine", RESTARTING, BASE[data], NEW_SEEDS, new, new)]
 
 
 def long_runs(data: str) -> Plan:

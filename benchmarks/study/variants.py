@@ -110,6 +110,7 @@ VARIANTS: Mapping[str, Sides] = {
     "scaling ignored": on_all(scaling_ignored),
     "signs": on_all(aligned("signs")),
     "rotation": on_all(aligned("rotation")),
+    "restarting": {**SIDES, "slice": SIDES["restart"]},
     "unpruned": {**SIDES, "prune": SIDES["slice"]},
     "peft files": {name: through_files(own_alphas(side)) for name, side in SIDES.items()},
 }
