@@ -1,6 +1,6 @@
 """The pictures of ``docs/evidence.md``, from the study's records alone.
 
-``python -m benchmarks.plots_study`` writes four of them, ``docs/img/study_rounds.png`` and so on.
+``python -m benchmarks.plots_study`` writes five of them, ``docs/img/study_rounds.png`` and so on.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def draw_factors(plan: Plan, folder: Path, data: str = "digits") -> Figure:
     figure = Figure(figsize=(13, 7), dpi=130, layout="constrained")
     panels = figure.subplots(2, (len(MAIN) + 1) // 2, sharex=True, sharey=True).flat
     table = usual(data, folder, plan)
-    for axes, (i, label) in zip(panels, enumerate(MAIN), strict=False):
+    for axes, (i, label) in zip(panels, enumerate(MAIN), strict=True):
         for y, (group, case) in enumerate(FACTORS.values()):
             changed = table_of(plan, folder, data=data, group=group, case=case).get(label, {})
             both = sorted(changed.keys() & table.get(label, {}).keys())
@@ -98,6 +98,31 @@ def draw_factors(plan: Plan, folder: Path, data: str = "digits") -> Figure:
         axes.grid(axis="x", alpha=0.3)
     figure.supxlabel("difference in accuracy from the usual settings, points", fontsize=10)
     return figure
+
+
+def draw_tails(plan: Plan, folder: Path, data: str = "digits") -> Figure:
+    """How much of the global update is outside its leading ranks, round by round of long runs."""
+    figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    table = table_of(plan, folder, data=data, group="long", case="")
+    for i, label in enumerate(label for label in TAILED if len(table.get(label, {})) >= FEWEST):
+        rounds = np.array([run["energy_ratio"] for run in table[label].values()]).T
+        bands = [bootstrap_interval(values.tolist()) for values in 1 - rounds]
+        x, style = np.arange(1, len(bands) + 1), _style(i) | {"marker": ""}
+        axes.plot(x, [band.mean for band in bands], label=label, **style)
+        ends = [band.low for band in bands], [band.high for band in bands]
+        axes.fill_between(x, *ends, color=style["color"], alpha=0.12, linewidth=0)
+    axes.set_yscale("log")
+    axes.set_xlabel("round")
+    axes.set_ylabel("energy outside the ranks that all clients have")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize=8)
+    return figure
+
+
+TAILED = ("zeropad", "hetlora", "flexlora", "fedhl", "rbla", "raflora", "rb")
+"""Methods of the long runs whose adapters go on from round to round, all in one update."""
 
 
 def draw_settings(standings: Sequence[Standing]) -> Figure:
@@ -160,6 +185,7 @@ def main() -> None:
         ("rounds", draw_rounds(tables)),
         ("differences", draw_differences(tables)),
         ("factors", draw_factors(plan, STUDY)),
+        ("tails", draw_tails(plan, STUDY)),
         ("settings", draw_settings([*standings(STUDY, plan)])),
     ):
         figure.savefig(IMAGES / f"study_{name}.png")

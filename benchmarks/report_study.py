@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.report import markdown
-from benchmarks.study.claims import CLAIMS
+from benchmarks.study.claims import CLAIMS, CONSEQUENCES
 from benchmarks.study.contenders import MAIN, VARIANTS
-from benchmarks.study.findings import FEWEST, Comparison, Finding, findings, verdict
+from benchmarks.study.findings import FEWEST, Claim, Comparison, Finding, findings, verdict
 from benchmarks.study.plan import Configuration
 from benchmarks.study.results import (
     ALPHA,
@@ -34,7 +34,7 @@ NAMES = {
 }
 """Data set -> what a table calls it."""
 
-POINTS = ("accuracy", "roughness")
+POINTS = ("accuracy", "falls")
 """Beginnings of the metrics that are shown in points of a hundred."""
 
 FACTORS: Mapping[str, tuple[str, str]] = {
@@ -80,20 +80,28 @@ def _counted(line: Sequence[float]) -> list[str]:
 
 def study_claims(folder: Path = STUDY, plan: Plan | None = None) -> str:
     """Every claim with the paper's figure, ours, the verdict and the command."""
-    rows = []
-    for claim in CLAIMS:
-        found = findings(claim, _all(plan), folder)
-        rows.append(
-            [
-                f"{claim.says} ({claim.source})",
-                claim.figure,
-                "<br>".join(_ours(data, pairs) for (_, data), pairs in found.items()) or "not run",
-                _verdicts(found),
-                f"`{claim.command}`",
-            ]
-        )
-    head = ["claim", "the paper's figure", "ours: difference (95 % interval), seeds", "verdict"]
-    return markdown([*head, "command"], rows)
+    head = ["claim", "the paper's figure", *HEAD]
+    return markdown(head, [_row(claim, folder, _all(plan)) for claim in CLAIMS])
+
+
+def study_consequences(folder: Path = STUDY, plan: Plan | None = None) -> str:
+    """The same of what follows from the papers and is said in none."""
+    head = ["statement", "why", *HEAD]
+    return markdown(head, [_row(claim, folder, _all(plan)) for claim in CONSEQUENCES])
+
+
+HEAD = ("ours: difference (95 % interval), means, seeds", "verdict", "command")
+
+
+def _row(claim: Claim, folder: Path, plan: Plan) -> list[str]:
+    found = findings(claim, plan, folder)
+    return [
+        f"{claim.says} ({claim.source})",
+        claim.figure,
+        "<br>".join(_ours(data, pairs) for (_, data), pairs in found.items()) or "not run",
+        _verdicts(found, len(claim.comparisons)),
+        f"`{claim.command}`",
+    ]
 
 
 def _ours(data: str, pairs: Sequence[tuple[Comparison, Finding]]) -> str:
@@ -104,18 +112,24 @@ def _difference(comparison: Comparison, found: Finding) -> str:
     x = found.difference
     scale = 100 if comparison.metric.startswith(POINTS) else 1
     low, mean, high = (f"{scale * value:+.3g}" for value in (x.low, x.mean, x.high))
+    more, less = (f"{scale * value:.3g}" for value in (found.more, found.less))
     return (
         f"{comparison.metric}, `{comparison.more}` − `{comparison.less}`: "
-        f"{mean} ({low} to {high}), {found.seeds}"
+        f"{mean} ({low} to {high}), {more} against {less}, {found.seeds}"
     )
 
 
-def _verdicts(found: Mapping[tuple[str, str], Sequence[tuple[Comparison, Finding]]]) -> str:
-    """One word where all data sets agree, else one for each."""
-    each = {data: verdict([f for _, f in pairs]) for (_, data), pairs in found.items()}
+def _verdicts(
+    found: Mapping[tuple[str, str], Sequence[tuple[Comparison, Finding]]], comparisons: int
+) -> str:
+    """One verdict where all data sets agree and all comparisons ran, else one for each."""
+    each = {}
+    for (_, data), pairs in found.items():
+        part = "" if len(pairs) == comparisons else f" (of {len(pairs)}; the others were not run)"
+        each[data] = f"**{verdict([f for _, f in pairs])}**{part}"
     if len(set(each.values())) == 1:
-        return f"**{next(iter(each.values()))}**"
-    return "; ".join(f"{NAMES[data]}: **{word}**" for data, word in each.items()) or "–"
+        return next(iter(each.values()))
+    return "; ".join(f"{NAMES[data]}: {words}" for data, words in each.items()) or "–"
 
 
 def study_methods(data: str, folder: Path = STUDY, plan: Plan | None = None) -> str:
@@ -138,11 +152,11 @@ def study_factors(data: str = "digits", folder: Path = STUDY, plan: Plan | None 
     return markdown(["different from the usual", *(f"`{label}`" for label in MAIN)], rows)
 
 
-def _change(changed: Mapping[int, object], usual: Mapping[int, object]) -> str:
+def _change(changed: Mapping[int, Record], usual: Mapping[int, Record]) -> str:
     """The mean difference and its interval, bold where that is on one side of zero."""
     if len(both := sorted(changed.keys() & usual.keys())) < FEWEST:
         return "–"
-    ours, theirs = ([100 * accuracy_last(t[s]) for s in both] for t in (changed, usual))  # type: ignore
+    ours, theirs = ([100 * accuracy_last(t[s]) for s in both] for t in (changed, usual))
     x = paired_interval(ours, theirs)
     return points(x, "+", x.excludes(0.0))
 
@@ -164,12 +178,12 @@ class Standing:
 
 
 def standings(folder: Path = STUDY, plan: Plan | None = None) -> Iterator[Standing]:
-    """One for every setting in which two of the main methods or more have seeds enough."""
+    """One for every setting in which all of the main methods have seeds enough."""
     plan = _all(plan)
     for data, group, case in dict.fromkeys((c.data, c.group, c.case) for c in plan):
         table = table_of(plan, folder, data=data, group=group, case=case)
         own = {m: runs for m, runs in table.items() if m in MAIN and len(runs) >= FEWEST}
-        if len(own) < 2:
+        if len(own) < len(MAIN):
             continue
         order = sorted(own, key=lambda m: -_mean(own, m))
         against = compare(own, order[0])
@@ -178,6 +192,29 @@ def standings(folder: Path = STUDY, plan: Plan | None = None) -> Iterator[Standi
             {m: 100 * _mean(own, m) for m in order},
             frozenset(m for m in order[1:] if not against[m].difference.excludes(0.0)),
         )
+
+
+RATES = {"0.005": ("rate", "0.005"), "0.01": ("main", ""), "0.02": ("rate", "0.02")}
+"""Learning rate -> group and case of the plan, on digits."""
+
+
+def study_rates(data: str = "digits", folder: Path = STUDY, plan: Plan | None = None) -> str:
+    """Accuracy of the main methods at each learning rate, and at the best of them."""
+    tables = {
+        rate: table_of(_all(plan), folder, data=data, group=group, case=case)
+        for rate, (group, case) in RATES.items()
+    }
+    rows = []
+    for m in MAIN:
+        seeds = set.intersection(*(set(table.get(m, {})) for table in tables.values()))
+        if len(seeds) >= FEWEST:
+            mean = [
+                100 * statistics.fmean(accuracy_last(table[m][s]) for s in seeds)
+                for table in tables.values()
+            ]
+            rows.append([f"`{m}`", *(f"{x:.1f}" for x in mean), f"{max(mean):.1f}"])
+    rows.sort(key=lambda row: -float(row[-1]))
+    return markdown(["method", *RATES, "best of the three"], rows)
 
 
 def study_best(folder: Path = STUDY, plan: Plan | None = None) -> str:
@@ -248,7 +285,10 @@ def _all(plan: Plan | None) -> Plan:
 TABLES: Mapping[str, Callable[[], str]] = {
     **{
         f.__name__: f
-        for f in (study_size, study_claims, study_factors, study_best, study_combinations)
+        for f in (
+            *(study_size, study_claims, study_consequences, study_factors),
+            *(study_rates, study_best, study_combinations),
+        )
     },
     **{f"study_{data}": partial(study_methods, data) for data in NAMES},
     **{f"study_{data}_measures": partial(study_measures, data) for data in NAMES},

@@ -376,7 +376,10 @@ def test_accuracies_of_a_run():
     record = {"accuracy": [0.5, 0.1, 0.2, 0.3, 0.7]}
     assert accuracy_at(record, 0) == 0.5
     assert accuracy_at(record, 3) == 0.3
-    assert accuracy_last(record) == pytest.approx(0.4)
+    assert accuracy_last(record) == 0.7
+    long = {"accuracy": [0.5, *(0.1,) * 6, 0.2, 0.3, 0.7]}
+    assert accuracy_last(long) == pytest.approx(0.4)
+    assert accuracy_last({"accuracy": [0.5, *(0.1,) * 4, 0.3, 0.7]}) == pytest.approx(0.5)
     assert accuracy_last({"accuracy": [0.5, 0.1]}) == pytest.approx(0.1)
 
 
@@ -640,6 +643,17 @@ def test_tables_put_the_best_first(small, tmp_path):
     one = {"rb": {0: whole | record(0.8)}, "zeropad": {0: whole | record(0.6)}}
     assert "| 80.0 |" in results.accuracies(one)
     assert "| +20.0 |" in results.accuracies(one)
+
+
+def test_a_measure_that_means_something_else_is_left_out(small):
+    whole = runs.execute(configuration("rb", rounds=3), 0)
+    table = {label: {0: whole | record(0.6)} for label in ("rb", "plora", "flora")}
+    rows = [line.split(" | ") for line in results.measures(table).splitlines()[2:]]
+    assert {row[0].strip("| `"): [x == "–" for x in row[1:4]] for row in rows} == {
+        "rb": [False, False, False],
+        "plora": [True, False, False],
+        "flora": [False, False, True],
+    }
 
 
 def test_bold_is_what_the_adjusted_test_finds(small):

@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks import plots_study, report_study
 from benchmarks.study import findings, runs
-from benchmarks.study.claims import CLAIMS
+from benchmarks.study.claims import CLAIMS, CONSEQUENCES
+from benchmarks.study.contenders import MAIN
 from benchmarks.study.findings import CONTRADICTED, OPEN, REPRODUCED, Claim, Comparison, Runs
 from benchmarks.study.plan import Configuration
 
@@ -25,7 +26,7 @@ def run_of(accuracy, **measures):
     }
 
 
-@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.says)
+@pytest.mark.parametrize("claim", [*CLAIMS, *CONSEQUENCES], ids=lambda claim: claim.says)
 def test_every_comparison_is_of_runs_in_the_study_that_its_command_runs(claim):
     for comparison in claim.comparisons:
         for wanted in (comparison.more, comparison.less):
@@ -49,9 +50,9 @@ def test_metrics_by_hand():
             "accuracy": 0.7,
             "accuracy after round 1": 0.6,
             "accuracy after round 3": 0.7,
-            "roughness of accuracy": 0.15,
+            "falls of accuracy": 0.05,
             "tail energy": 0.25,
-            "energy kept": 0.25,
+            "part of the first tail energy that is left": 0.5,
             "aggregation noise": 0.1,
             "initialisation noise": 0.2,
             "bytes up": 7.0,
@@ -109,10 +110,10 @@ def finding(mean):
     ("means", "expected"),
     [
         ((1, 1), REPRODUCED),
-        ((1, 0), OPEN),
+        ((1, 0), "reproduced 1, not at this scale 1 of 2"),
         ((0, 0), OPEN),
-        ((1, -1), OPEN),
-        ((0, -1), CONTRADICTED),
+        ((1, -1, 1), "reproduced 2, contradicted 1 of 3"),
+        ((0, -1), "not at this scale 1, contradicted 1 of 2"),
         ((-1, -1), CONTRADICTED),
     ],
 )
@@ -127,13 +128,24 @@ def test_the_table_shows_every_claim_and_every_data_set(tmp_path, monkeypatch):
     plan += saved(tmp_path, {"rb": worse, "zeropad": better}, "vader_corpora", "text")
     first, second = report_study.study_claims(tmp_path, plan).splitlines()[2:]
     assert (
-        "| .57 against .54 | digits: accuracy, `rb` − `zeropad`: +20 (+20 to +20), 5<br>" in first
+        "| .57 against .54 | digits: accuracy, `rb` − `zeropad`: +20 (+20 to +20), "
+        "80.2 against 60.2, 5<br>" in first
     )
     assert "digits: **reproduced**; text, 4 corpora: **contradicted**" in first
     assert "| `python -m benchmarks.study.runs --only '*/few/*'` |" in first
     assert "| not run | – |" in second
     alone = report_study.study_claims(tmp_path, plan[:2]).splitlines()[2]
     assert "| **reproduced** |" in alone
+
+
+def test_the_table_says_where_comparisons_were_not_run(tmp_path, monkeypatch):
+    both = (Comparison("accuracy", Runs("few", "rb"), Runs("few", m)) for m in ("zeropad", "flora"))
+    claim = dataclasses.replace(CLAIM, comparisons=tuple(both))
+    monkeypatch.setattr(report_study, "CLAIMS", (claim,))
+    better, worse = ({s: x + s / 1000 for s in range(5)} for x in (0.8, 0.6))
+    plan = saved(tmp_path, {"rb": better, "zeropad": worse})
+    (row,) = report_study.study_claims(tmp_path, plan).splitlines()[2:]
+    assert "| **reproduced** (of 1; the others were not run) |" in row
 
 
 def test_nothing_is_said_of_too_few_seeds(tmp_path):
@@ -187,11 +199,29 @@ def test_every_factor_is_a_case_of_the_plan():
     }
 
 
+OTHERS = dict.fromkeys(MAIN, 0.3)
+
+
 def test_the_best_and_who_cannot_be_told_from_it(tmp_path):
-    plan = kept(tmp_path, "main", "", {"rb": 0.7, "zeropad": 0.6, "flora": 0.7, "fedex": 0.9})
+    plan = kept(tmp_path, "main", "", OTHERS | {"rb": 0.7, "zeropad": 0.2, "flora": 0.7})
+    plan += kept(tmp_path, "main", "", {"fedex": 0.9})
+    plan += kept(tmp_path, "long", "", {"rb": 0.7, "zeropad": 0.6})
     ((setting, best, level, last),) = cells(report_study.study_best(tmp_path, plan))
-    assert (setting, last) == ("digits, main", "`zeropad` 60.2")
+    assert (setting, last) == ("digits, main", "`zeropad` 20.2")
     assert {best, level} == {"`rb` 70.2", "`flora` 70.2"}
+
+
+def test_every_method_is_shown_at_its_best_rate(tmp_path):
+    plan = kept(tmp_path, "main", "", {"rb": 0.7, "zeropad": 0.6})
+    plan += kept(tmp_path, "rate", "0.005", {"rb": 0.5, "zeropad": 0.65})
+    plan += kept(tmp_path, "rate", "0.02", {"rb": 0.65, "zeropad": 0.8, "flora": 0.9})
+    assert [row[0] for row in cells(report_study.study_rates("digits", tmp_path, plan))] == [
+        "`zeropad`",
+        "`rb`",
+    ]
+    zeropad, rb = cells(report_study.study_rates("digits", tmp_path, plan))
+    assert [round(float(x)) for x in zeropad[1:]] == [65, 60, 80, 80]
+    assert [round(float(x)) for x in rb[1:]] == [50, 70, 65, 70]
 
 
 def test_combinations_are_held_against_the_best_registered_method(tmp_path):
@@ -253,19 +283,25 @@ def test_pictures_have_a_panel_for_each_data_set_and_method(tmp_path):
 
 
 def test_the_picture_of_settings_says_how_far_each_is_behind_and_frames_the_first(tmp_path):
-    plan = kept(tmp_path, "main", "", {"rb": 0.7, "zeropad": 0.6, "flora": 0.7})
-    plan += kept(tmp_path, "skew", "0.1", {"rb": 0.5, "zeropad": 0.75})
+    plan = kept(tmp_path, "main", "", OTHERS | {"rb": 0.7, "zeropad": 0.6, "flora": 0.7})
+    plan += kept(tmp_path, "skew", "0.1", OTHERS | {"rb": 0.5, "zeropad": 0.75})
     standings = [*report_study.standings(tmp_path, plan)]
-    assert [(s.setting, [*s.mean], s.level) for s in standings] == [
-        ("digits, main", ["rb", "flora", "zeropad"], frozenset({"flora"})),
+    assert [(s.setting, [*s.mean][:2], s.level) for s in standings] == [
+        ("digits, main", ["flora", "rb"], frozenset({"rb"})),
         ("digits, skew, 0.1", ["zeropad", "rb"], frozenset()),
     ]
     (axes,) = plots_study.draw_settings(standings).axes
     said = {text.get_position(): text.get_text() for text in axes.texts}
-    rb, zeropad, flora = (report_study.MAIN.index(m) for m in ("rb", "zeropad", "flora"))
-    assert said == {
-        (rb, 0): "0.0", (zeropad, 0): "10.0", (flora, 0): "0.0",
-        (rb, 1): "25.0", (zeropad, 1): "0.0",
-    }  # fmt: skip
+    assert len(said) == 2 * len(MAIN)
+    rb, zeropad, flora = (MAIN.index(m) for m in ("rb", "zeropad", "flora"))
+    assert [said[m, 0] for m in (rb, zeropad, flora)] == ["0.0", "10.0", "0.0"]
+    assert [said[m, 1] for m in (rb, zeropad, flora)] == ["25.0", "0.0", "45.0"]
     framed = {(round(p.get_x() + 0.46), round(p.get_y() + 0.42)) for p in axes.patches}
     assert framed == {(rb, 0), (flora, 0), (zeropad, 1)}
+
+
+def test_tails_are_drawn_for_methods_whose_adapters_go_on(tmp_path):
+    plan = kept(tmp_path, "long", "", {"rb": 0.7, "flexlora": 0.6})
+    (axes,) = plots_study.draw_tails(plan, tmp_path).axes
+    assert [line.get_label() for line in axes.lines] == ["flexlora", "rb"]
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([0.5, 0.4, 0.25])

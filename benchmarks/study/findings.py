@@ -2,15 +2,15 @@
 
 A claim says of two runs of one seed which has more of something. The interval of the mean
 difference decides: *reproduced* where all of it is on the side that the paper says, *contradicted*
-where all of it is on the other, *not at this scale* where it holds zero. Of several comparisons on
-one data set all must be reproduced, or the claim is not; one that is contradicted, with none
-reproduced, contradicts it.
+where all of it is on the other, *not at this scale* where it holds zero. Where several comparisons
+of a claim differ in that, they are counted.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,19 +45,24 @@ def tail(run: Record) -> float:
     return 1 - last(run, "energy_ratio")
 
 
-def roughness(run: Record) -> float:
-    """Mean absolute change of the accuracy from one round to the next, the first left out."""
+def tail_left(run: Record) -> float:
+    """What is left of the first round's tail after the last: below one the rank collapses."""
+    return tail(run) / (1 - float(run["energy_ratio"][0]))
+
+
+def falls(run: Record) -> float:
+    """Mean fall of the accuracy from one round to the next, rises being none."""
     accuracy = run["accuracy"][1:]
-    return statistics.fmean(abs(b - a) for a, b in itertools.pairwise(accuracy))
+    return statistics.fmean(max(0.0, a - b) for a, b in itertools.pairwise(accuracy))
 
 
 METRICS: Mapping[str, Metric] = {
     "accuracy": accuracy_last,
     "accuracy after round 1": partial(accuracy_at, number=1),
     "accuracy after round 3": partial(accuracy_at, number=3),
-    "roughness of accuracy": roughness,
+    "falls of accuracy": falls,
     "tail energy": tail,
-    "energy kept": partial(mean, name="energy_kept"),
+    "part of the first tail energy that is left": tail_left,
     "aggregation noise": partial(mean, name="aggregation_noise"),
     "initialisation noise": partial(mean, name="initialisation_noise"),
     "bytes up": lambda run: float(run["bytes_up"]),
@@ -167,11 +172,12 @@ def findings(
 
 
 def verdict(found: Sequence[Finding]) -> str:
-    """Of several comparisons on one data set."""
-    each = {finding.verdict for finding in found}
-    if each == {REPRODUCED}:
-        return REPRODUCED
-    return CONTRADICTED if CONTRADICTED in each and REPRODUCED not in each else OPEN
+    """Of several comparisons on one data set: one word where they agree, else how many of each."""
+    each = Counter(finding.verdict for finding in found)
+    if len(each) == 1:
+        return next(iter(each))
+    counted = [f"{word} {each[word]}" for word in (REPRODUCED, OPEN, CONTRADICTED) if each[word]]
+    return f"{', '.join(counted)} of {len(found)}"
 
 
 def _records(

@@ -114,15 +114,17 @@ def accuracies(table: Table) -> str:
 def measures(table: Table) -> str:
     """A line per label, best first: noises, what is in the leading ranks, bytes, the server's time.
 
-    Noises are means over rounds, the ratio is the last round's, bytes are a run's sum.
+    Noises are means over rounds, the ratio is the last round's, bytes are a run's sum. What a
+    record holds but is not what the head says is left out.
     """
-    head = ["method", "aggregation noise", "initialisation noise", "energy kept", "energy ratio"]
+    head = ["method", "aggregation noise", "initialisation noise", "energy ratio"]
     rows = [
         [
             f"`{label}`",
-            *(f"{_mean(own, name, statistics.fmean):.2g}" for name in NOISES),
-            f"{_mean(own, 'energy_kept', statistics.fmean):.3f}",
-            f"{_mean(own, 'energy_ratio', lambda rounds: rounds[-1]):.2f}",
+            *(
+                "–" if label in LEFT_OUT[name] else f"{_mean(own, name, reduce):.2g}"
+                for name, reduce in REDUCED.items()
+            ),
             *(f"{_mean(own, name, float) / 1e6:.2f}" for name in ("bytes_up", "bytes_down")),
             f"{1e3 * _mean(own, 'server_seconds', float):.1f}",
         ]
@@ -131,7 +133,21 @@ def measures(table: Table) -> str:
     return markdown([*head, "MB up", "MB down", "server ms"], rows)
 
 
-NOISES = ("aggregation_noise", "initialisation_noise")
+REDUCED: Mapping[str, Callable[[Any], float]] = {
+    "aggregation_noise": statistics.fmean,
+    "initialisation_noise": statistics.fmean,
+    "energy_ratio": lambda rounds: rounds[-1],
+}
+"""A measure of every round -> one of the run."""
+
+LEFT_OUT: Mapping[str, frozenset[str]] = {
+    # Clients send some of the slots; the exact mean has the others as zeros.
+    "aggregation_noise": frozenset({"plora", "hafl"}),
+    "initialisation_noise": frozenset(),
+    # The base weight takes some of every round, or all of it: what is left is not the whole update.
+    "energy_ratio": frozenset({"flora", "fedex", "flexlora, rest folded", "rb, rest folded"}),
+}
+"""Measures that do not say of these methods what they say of the others."""
 
 
 def _best_first(table: Table) -> list[tuple[str, dict[int, Record]]]:

@@ -17,7 +17,7 @@ ENUMERATED = 16
 """Up to so many pairs every assignment of signs is tried; beyond, `RESAMPLES` drawn ones."""
 
 LAST = 3
-"""Rounds over which the accuracy at the end is averaged: single rounds are noisy."""
+"""Rounds over which the accuracy at the end is averaged, of long runs: single rounds are noisy."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,10 @@ def accuracy_at(run: Mapping[str, Any], number: int) -> float:
     return float(run["accuracy"][number])
 
 
-def accuracy_last(run: Mapping[str, Any], rounds: int = LAST) -> float:
-    """Mean over the last rounds."""
-    return float(np.mean(run["accuracy"][1:][-rounds:]))
+def accuracy_last(run: Mapping[str, Any]) -> float:
+    """Mean over the last rounds: `LAST`, but no more than a third of them, and at least one."""
+    rounds = run["accuracy"][1:]
+    return float(np.mean(rounds[-max(1, min(LAST, len(rounds) // 3)) :]))
 
 
 def _differences(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:
