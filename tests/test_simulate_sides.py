@@ -229,6 +229,28 @@ def test_freezing_clients_hold_all_slots_and_train_the_most_important_ones():
     assert all((scores > 0).all() for scores in seen)
 
 
+@pytest.mark.parametrize("client", ["select", "freeze"])
+def test_their_noise_is_the_distance_from_the_mean_of_the_clients_whole_models(client):
+    (method,) = methods_with(client)
+    for played in rounds_of(federation_of(EVERYBODY, EVERYBODY), method):
+        off = size = 0.0
+        for name, result in played.results.items():
+            before = played.before.network[name].weight.double()
+            p = np.array([u.weight for u in played.updates[name]], dtype=float)
+            moved = torch.zeros_like(before)
+            for share, u, start in zip(
+                p / p.sum(), played.updates[name], played.starts, strict=True
+            ):
+                # What it trained, in place of what it started to train from.
+                own, chosen = start.adapter[name], list(start.slots[name])
+                first = own if own.rank == len(chosen) else own.select(chosen)
+                trained = u.scaling * (u.B @ u.A) - start.scaling[name] * (first.B @ first.A)
+                moved += share * (start.weights()[name] + trained.double() - before)
+            off += float((result.total().dense().double() - moved).square().sum())
+            size += float(moved.square().sum())
+        assert played.measures.aggregation_noise == pytest.approx((off / size) ** 0.5, rel=1e-3)
+
+
 def test_first_choices_of_freezing_clients_differ():
     (method,) = methods_with("freeze")
     federation = federation_of((0, 1, 2, 3), ranks=(4, 4, 4, 16))

@@ -13,7 +13,7 @@ from hetlora_agg import ClientUpdate, LowRank, MethodEntry, clients
 from hetlora_agg.simulate.federation import Federation, Results, Server, Stream
 from hetlora_agg.simulate.local import Adapter, Rules, Start, only
 from hetlora_agg.simulate.network import Network, fold, layer_ranks
-from hetlora_agg.simulate.sides.slice import Slice
+from hetlora_agg.simulate.sides.slice import Slice, Updates
 from hetlora_agg.simulate.traffic import bytes_of
 
 # Bits per entry of an upload: on average, and what a component may get.
@@ -29,10 +29,12 @@ class Select(Slice):
 
     Attributes:
         first: the slots before the first round, in units of ΔW: a fresh draw, B zero.
+        handed: the slots that this round's clients started from, in units of ΔW.
     """
 
     def __init__(self, federation: Federation, entry: MethodEntry) -> None:
         super().__init__(federation, entry)
+        self.handed: dict[str, LowRank] = {}
         common = self.scaling(0)
         self.first = {
             name: LowRank(math.sqrt(common[name]) * own.A, own.B)
@@ -53,6 +55,7 @@ class Select(Slice):
 
     def starts(self, server: Server, cohort: Sequence[int], number: int) -> list[Start]:
         """A base that took the slots the client did not choose, and an adapter of those it did."""
+        self.handed = self.current(server)
         return [self.start(server, client, number) for client in cohort]
 
     def start(self, server: Server, client: int, number: int) -> Start:
@@ -75,6 +78,16 @@ class Select(Slice):
     def bytes_down(self, client: int, start: Start, server: Server, number: int) -> int:
         """All slots: those that the client trains and those that its base takes."""
         return 0 if server.results is None else bytes_of(self.current(server))
+
+    def changes(self, updates: Updates, starts: Sequence[Start], number: int) -> Updates:
+        """Every client's whole model: what it sent, and the slots it has and did not train."""
+        return {
+            name: [
+                _beside(update, self.handed[name], trained_slots(start)[name])
+                for update, start in zip(updates[name], starts, strict=True)
+            ]
+            for name in updates
+        }
 
     def options(self, server: Server, cohort: Sequence[int], number: int) -> dict[str, Any]:
         """Last round's slots, always: what nobody trains stays, from the first round on."""
@@ -157,3 +170,14 @@ def trained_slots(start: Start) -> Mapping[str, tuple[int, ...]]:
     if start.slots is None:
         raise RuntimeError("expected a client that chose its slots")
     return start.slots
+
+
+def _beside(update: ClientUpdate, slots: LowRank, trained: Sequence[int]) -> ClientUpdate:
+    """An update and the slots that are not among the trained ones."""
+    rest = slots.select([slot for slot in range(slots.rank) if slot not in trained])
+    return ClientUpdate(
+        torch.cat([update.A, rest.A]),
+        torch.cat([update.scaling * update.B, rest.B], dim=1),
+        weight=update.weight,
+        id=update.id,
+    )
