@@ -122,7 +122,7 @@ def measures(table: Table) -> str:
         [
             f"`{label}`",
             *(
-                "–" if label in LEFT_OUT[name] else f"{_mean(own, name, reduce):.2g}"
+                "–" if label in LEFT_OUT.get(name, ()) else f"{_mean(own, name, reduce):.2g}"
                 for name, reduce in REDUCED.items()
             ),
             *(f"{_mean(own, name, float) / 1e6:.2f}" for name in ("bytes_up", "bytes_down")),
@@ -141,13 +141,10 @@ REDUCED: Mapping[str, Callable[[Any], float]] = {
 """A measure of every round -> one of the run."""
 
 LEFT_OUT: Mapping[str, frozenset[str]] = {
-    # Clients send some of the slots; the exact mean has the others as zeros.
-    "aggregation_noise": frozenset({"plora", "hafl"}),
-    "initialisation_noise": frozenset(),
-    # The base weight takes some of every round, or all of it: what is left is not the whole update.
+    # The base weight takes some of every round, or all of it; the rest is not the whole update.
     "energy_ratio": frozenset({"flora", "fedex", "flexlora, rest folded", "rb, rest folded"}),
 }
-"""Measures that do not say of these methods what they say of the others."""
+"""Measure -> methods of which it does not say what it says of the others."""
 
 
 def _best_first(table: Table) -> list[tuple[str, dict[int, Record]]]:
