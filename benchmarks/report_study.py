@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.report import markdown
-from benchmarks.study.claims import CLAIMS, CONSEQUENCES
 from benchmarks.study.contenders import MAIN, VARIANTS
-from benchmarks.study.findings import FEWEST, Claim, Comparison, Finding, findings, verdict
+from benchmarks.study.findings import FEWEST
 from benchmarks.study.plan import Configuration
 from benchmarks.study.results import (
     ALPHA,
@@ -33,9 +32,6 @@ NAMES = {
     "vader_dirichlet": "text, 10 clients",
 }
 """Data set -> what a table calls it."""
-
-POINTS = ("accuracy", "falls")
-"""Beginnings of the metrics that are shown in points of a hundred."""
 
 FACTORS: Mapping[str, tuple[str, str]] = {
     "every client starts from its own draw": ("init", "own start"),
@@ -76,60 +72,6 @@ def study_size(folder: Path = STUDY, plan: Plan | None = None) -> str:
 
 def _counted(line: Sequence[float]) -> list[str]:
     return [f"{x:,.0f}" for x in line]
-
-
-def study_claims(folder: Path = STUDY, plan: Plan | None = None) -> str:
-    """Every claim with the paper's figure, ours, the verdict and the command."""
-    head = ["claim", "the paper's figure", *HEAD]
-    return markdown(head, [_row(claim, folder, _all(plan)) for claim in CLAIMS])
-
-
-def study_consequences(folder: Path = STUDY, plan: Plan | None = None) -> str:
-    """The same of what follows from the papers and is said in none."""
-    head = ["statement", "why", *HEAD]
-    return markdown(head, [_row(claim, folder, _all(plan)) for claim in CONSEQUENCES])
-
-
-HEAD = ("ours: difference (95 % interval), means, seeds", "verdict", "command")
-
-
-def _row(claim: Claim, folder: Path, plan: Plan) -> list[str]:
-    found = findings(claim, plan, folder)
-    return [
-        f"{claim.says} ({claim.source})",
-        claim.figure,
-        "<br>".join(_ours(data, pairs) for (_, data), pairs in found.items()) or "not run",
-        _verdicts(found, len(claim.comparisons)),
-        f"`{claim.command}`",
-    ]
-
-
-def _ours(data: str, pairs: Sequence[tuple[Comparison, Finding]]) -> str:
-    return f"{NAMES[data]}: " + "; ".join(_difference(*pair) for pair in pairs)
-
-
-def _difference(comparison: Comparison, found: Finding) -> str:
-    x = found.difference
-    scale = 100 if comparison.metric.startswith(POINTS) else 1
-    low, mean, high = (f"{scale * value:+.3g}" for value in (x.low, x.mean, x.high))
-    more, less = (f"{scale * value:.3g}" for value in (found.more, found.less))
-    return (
-        f"{comparison.metric}, `{comparison.more}` − `{comparison.less}`: "
-        f"{mean} ({low} to {high}), {more} against {less}, {found.seeds}"
-    )
-
-
-def _verdicts(
-    found: Mapping[tuple[str, str], Sequence[tuple[Comparison, Finding]]], comparisons: int
-) -> str:
-    """One verdict where all data sets agree and all comparisons ran, else one for each."""
-    each = {}
-    for (_, data), pairs in found.items():
-        part = "" if len(pairs) == comparisons else f" (of {len(pairs)}; the others were not run)"
-        each[data] = f"**{verdict([f for _, f in pairs])}**{part}"
-    if len(set(each.values())) == 1:
-        return next(iter(each.values()))
-    return "; ".join(f"{NAMES[data]}: {words}" for data, words in each.items()) or "–"
 
 
 def study_methods(data: str, folder: Path = STUDY, plan: Plan | None = None) -> str:
@@ -286,8 +228,11 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{
         f.__name__: f
         for f in (
-            *(study_size, study_claims, study_consequences, study_factors),
-            *(study_rates, study_best, study_combinations),
+            study_size,
+            study_factors,
+            study_rates,
+            study_best,
+            study_combinations,
         )
     },
     **{f"study_{data}": partial(study_methods, data) for data in NAMES},

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks import plots_study, report_study
+from benchmarks import plots_study, report_claims, report_study
 from benchmarks.study import findings, runs
 from benchmarks.study.claims import CLAIMS, CONSEQUENCES
 from benchmarks.study.contenders import MAIN
@@ -122,11 +122,12 @@ def test_several_comparisons_are_one_verdict(means, expected):
 
 
 def test_the_table_shows_every_claim_and_every_data_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_study, "CLAIMS", (CLAIM, CLAIMS[3]))
+    monkeypatch.setattr(report_claims, "CLAIMS", (CLAIM, CLAIMS[3]))
+    monkeypatch.setattr(report_claims, "RESCUE", ())
     better, worse = ({s: x + s / 1000 for s in range(5)} for x in (0.8, 0.6))
     plan = saved(tmp_path, {"rb": better, "zeropad": worse})
     plan += saved(tmp_path, {"rb": worse, "zeropad": better}, "vader_corpora", "text")
-    first, second = report_study.study_claims(tmp_path, plan).splitlines()[2:]
+    first, second = report_claims.study_claims(tmp_path, plan).splitlines()[2:]
     assert (
         "| .57 against .54 | digits: accuracy, `rb` − `zeropad`: +20 (+20 to +20), "
         "80.2 against 60.2, 5<br>" in first
@@ -134,18 +135,30 @@ def test_the_table_shows_every_claim_and_every_data_set(tmp_path, monkeypatch):
     assert "digits: **reproduced**; text, 4 corpora: **contradicted**" in first
     assert "| `python -m benchmarks.study.runs --only '*/few/*'` |" in first
     assert "| not run | – |" in second
-    alone = report_study.study_claims(tmp_path, plan[:2]).splitlines()[2]
+    alone = report_claims.study_claims(tmp_path, plan[:2]).splitlines()[2]
     assert "| **reproduced** |" in alone
 
 
 def test_the_table_says_where_comparisons_were_not_run(tmp_path, monkeypatch):
     both = (Comparison("accuracy", Runs("few", "rb"), Runs("few", m)) for m in ("zeropad", "flora"))
     claim = dataclasses.replace(CLAIM, comparisons=tuple(both))
-    monkeypatch.setattr(report_study, "CLAIMS", (claim,))
+    monkeypatch.setattr(report_claims, "CLAIMS", (claim,))
+    monkeypatch.setattr(report_claims, "RESCUE", ())
     better, worse = ({s: x + s / 1000 for s in range(5)} for x in (0.8, 0.6))
     plan = saved(tmp_path, {"rb": better, "zeropad": worse})
-    (row,) = report_study.study_claims(tmp_path, plan).splitlines()[2:]
+    (row,) = report_claims.study_claims(tmp_path, plan).splitlines()[2:]
     assert "| **reproduced** (of 1; the others were not run) |" in row
+
+
+def test_the_rescue_is_read_from_runs_of_one_aggregation(monkeypatch):
+    after = {"zeropad": 0.5, "replicate": 0.8}
+    one = [{"strong": 0.9 + s / 100, "after": {**after, "zeropad": s / 10}} for s in range(6)]
+    monkeypatch.setattr(report_claims, "load", lambda _: {"results": {"rescue": {"runs": one}}})
+    monkeypatch.setattr(report_claims, "CLAIMS", ())
+    fall, kept = cells(report_claims.study_claims())
+    assert "`the strong client alone` − `zeropad`: +67.5 (" in fall[2]
+    assert "80 against 25, 6" in kept[2]
+    assert fall[3:] == ["**reproduced**", "`python -m benchmarks.bench_theory`"]
 
 
 def test_nothing_is_said_of_too_few_seeds(tmp_path):
@@ -235,8 +248,7 @@ def test_combinations_are_held_against_the_best_registered_method(tmp_path):
 
 
 def test_every_table_can_be_made_of_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_study, "STUDY", tmp_path)
-    for name, table in report_study.TABLES.items():
+    for name, table in {**report_study.TABLES, **report_claims.TABLES}.items():
         assert "| --- |" in table(folder=tmp_path), name
 
 

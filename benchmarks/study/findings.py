@@ -107,7 +107,7 @@ class Claim:
         source: arXiv or ACL id.
         figure: the paper's numbers.
         comparisons: what it says of runs.
-        only: pattern of the runs, for `runs --only`.
+        only: pattern of the runs, for `runs --only`; "" for those of `bench_theory`.
     """
 
     says: str
@@ -119,6 +119,8 @@ class Claim:
     @property
     def command(self) -> str:
         """What runs them."""
+        if not self.only:
+            return "python -m benchmarks.bench_theory"
         return f"python -m benchmarks.study.runs --only '{self.only}'"
 
 
