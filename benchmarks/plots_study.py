@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from benchmarks.plots import COLOURS, IMAGES, MARKERS
-from benchmarks.report_study import FACTORS, NAMES, Standing, standings
+from benchmarks.report_study import FACTORS, NAMES, Standing, changes, standings
 from benchmarks.study.contenders import MAIN
 from benchmarks.study.findings import FEWEST
 from benchmarks.study.plan import Configuration
 from benchmarks.study.results import BASELINES, Table, compare, table_of
 from benchmarks.study.runs import PLANS, STUDY
-from benchmarks.study.statistics import accuracy_last, bootstrap_interval, paired_interval
+from benchmarks.study.statistics import accuracy_last, bootstrap_interval
 
 Plan = Sequence[Configuration]
 
@@ -80,18 +80,12 @@ def draw_factors(plan: Plan, folder: Path, data: str = "digits") -> Figure:
     """What each change does to each of the main methods, in points, with intervals."""
     figure = Figure(figsize=(13, 7), dpi=130, layout="constrained")
     panels = figure.subplots(2, (len(MAIN) + 1) // 2, sharex=True, sharey=True).flat
-    table = usual(data, folder, plan)
+    found = changes(data, folder, plan)
     for axes, (i, label) in zip(panels, enumerate(MAIN), strict=True):
-        for y, (group, case) in enumerate(FACTORS.values()):
-            changed = table_of(plan, folder, data=data, group=group, case=case).get(label, {})
-            both = sorted(changed.keys() & table.get(label, {}).keys())
-            if len(both) >= FEWEST:
-                pair = (
-                    [accuracy_last(of[seed]) for seed in both] for of in (changed, table[label])
-                )
-                x = paired_interval(*pair)
-                axes.plot([100 * x.low, 100 * x.high], [y, y], color=COLOURS[i % len(COLOURS)])
-                axes.plot(100 * x.mean, y, "o", color=COLOURS[i % len(COLOURS)], markersize=4)
+        for y, words in enumerate(FACTORS):
+            if (x := found[words].get(label)) is not None:
+                axes.plot([x.low, x.high], [y, y], color=COLOURS[i % len(COLOURS)])
+                axes.plot(x.mean, y, "o", color=COLOURS[i % len(COLOURS)], markersize=4)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_title(label, fontsize=10)
         axes.set_yticks(range(len(FACTORS)), list(FACTORS), fontsize=7)

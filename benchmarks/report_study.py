@@ -37,6 +37,7 @@ FACTORS: Mapping[str, tuple[str, str]] = {
     "every client starts from its own draw": ("init", "own start"),
     "scalings α/r ignored by the server": ("scaling", "scaling ignored"),
     "results aligned with the last round's by signs": ("align", "signs"),
+    "the same by rotations, all of rank 8": ("align", "rotation"),
     "one client of rank 16, nine of rank 2": ("ranks", "one high"),
     "five clients of rank 4, five of 16": ("ranks", "two levels"),
     "three of ten clients a round": ("participation", "0.3"),
@@ -48,7 +49,7 @@ FACTORS: Mapping[str, tuple[str, str]] = {
     "singular values in B": ("split", "left"),
     "singular values in A": ("split", "right"),
 }
-"""What is different -> group and case of the plan; everything else is as in `main`."""
+"""What is different -> group and case of the plan; everything else is as in `usual_of` it."""
 
 Plan = Sequence[Configuration]
 
@@ -86,21 +87,33 @@ def study_measures(data: str, folder: Path = STUDY, plan: Plan | None = None) ->
 
 def study_factors(data: str = "digits", folder: Path = STUDY, plan: Plan | None = None) -> str:
     """What one change does to each of the main methods, in points of accuracy."""
-    usual = table_of(_all(plan), folder, data=data, group="main", case="")
-    rows = []
-    for words, (group, case) in FACTORS.items():
-        changed = table_of(_all(plan), folder, data=data, group=group, case=case)
-        rows.append([words, *(_change(changed.get(m, {}), usual.get(m, {})) for m in MAIN)])
+    found = changes(data, folder, _all(plan))
+    rows = [[words, *(_change(found[words].get(m)) for m in MAIN)] for words in FACTORS]
     return markdown(["different from the usual", *(f"`{label}`" for label in MAIN)], rows)
 
 
-def _change(changed: Mapping[int, Record], usual: Mapping[int, Record]) -> str:
-    """The mean difference and its interval, bold where that is on one side of zero."""
-    if len(both := sorted(changed.keys() & usual.keys())) < FEWEST:
-        return "–"
-    ours, theirs = ([100 * accuracy_last(t[s]) for s in both] for t in (changed, usual))
-    x = paired_interval(ours, theirs)
-    return points(x, "+", x.excludes(0.0))
+def _change(x: Interval | None) -> str:
+    return "–" if x is None else points(x, "+", x.excludes(0.0))
+
+
+def changes(data: str, folder: Path, plan: Plan) -> dict[str, dict[str, Interval]]:
+    """What is different -> method -> change in points of accuracy, where seeds are enough."""
+    found: dict[str, dict[str, Interval]] = {}
+    for words, (group, case) in FACTORS.items():
+        usual = table_of(plan, folder, data=data, group=usual_of(case), case="")
+        changed = table_of(plan, folder, data=data, group=group, case=case)
+        found[words] = {}
+        for m in MAIN:
+            both = sorted(changed.get(m, {}).keys() & usual.get(m, {}).keys())
+            if len(both) >= FEWEST:
+                pair = ([100 * accuracy_last(t[m][s]) for s in both] for t in (changed, usual))
+                found[words][m] = paired_interval(*pair)
+    return found
+
+
+def usual_of(case: str) -> str:
+    """The group that a case differs from in one thing: rotations need equal ranks."""
+    return "equal" if case == "rotation" else "main"
 
 
 @dataclass(frozen=True)

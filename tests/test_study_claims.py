@@ -201,12 +201,21 @@ def test_factors_are_differences_from_the_usual(tmp_path):
     assert [*found] == [*report_study.FACTORS]
 
 
+def test_rotations_are_compared_with_equal_ranks(tmp_path):
+    plan = kept(tmp_path, "main", "", {"flexlora": 0.2}) + kept(
+        tmp_path, "equal", "", {"flexlora": 0.6}
+    )
+    plan += kept(tmp_path, "align", "rotation", {"flexlora": 0.7})
+    found = report_study.changes("digits", tmp_path, plan)
+    assert found.pop("the same by rotations, all of rank 8")["flexlora"].mean == pytest.approx(10)
+    assert not any(found.values())
+
+
 def test_every_factor_is_a_case_of_the_plan():
     there = {(c.group, c.case) for c in PLAN if c.data == "digits"}
     assert set(report_study.FACTORS.values()) <= there
     varied = {(c.group, c.case) for c in PLAN if c.data == "digits" and c.case}
     assert varied - set(report_study.FACTORS.values()) == {
-        ("align", "rotation"),
         ("prune", "unpruned"),
         ("combine", "restarting"),
     }
