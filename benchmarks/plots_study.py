@@ -90,6 +90,8 @@ def draw_factors(plan: Plan, folder: Path, data: str = "digits") -> Figure:
         axes.set_title(label, fontsize=10)
         axes.set_yticks(range(len(FACTORS)), list(FACTORS), fontsize=7)
         axes.grid(axis="x", alpha=0.3)
+    # Shared by all panels: the first row on top, as in the table.
+    axes.invert_yaxis()
     figure.supxlabel("difference in accuracy from the usual settings, points", fontsize=10)
     return figure
 
