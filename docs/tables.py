@@ -25,12 +25,14 @@ sys.path.insert(0, str(PROJECT))
 from benchmarks import (  # noqa: E402
     report,
     report_adapters,
+    report_claims,
     report_inflation,
     report_kernel,
     report_mutants,
     report_published,
     report_robustness,
     report_streaming,
+    report_study,
     report_theory,
     streaming_million,
 )
@@ -50,6 +52,7 @@ PAGES = (
     "docs/robustness.md",
     "docs/performance-streaming.md",
     "docs/scaling.md",
+    "docs/evidence.md",
 )
 
 
@@ -195,6 +198,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **report_inflation.TABLES,
     **report_robustness.TABLES,
     **report_streaming.TABLES,
+    **report_study.TABLES,
+    **report_claims.TABLES,
     **streaming_million.TABLES,
     **decisions.TABLES,
 }
