@@ -10,7 +10,16 @@ from typing import Any
 from benchmarks.report import load, markdown
 from benchmarks.report_study import NAMES
 from benchmarks.study.claims import CLAIMS, CONSEQUENCES, RESCUE, STRONG
-from benchmarks.study.findings import Claim, Comparison, Finding, Runs, findings, verdict
+from benchmarks.study.findings import (
+    CONTRADICTED,
+    REPRODUCED,
+    Claim,
+    Comparison,
+    Finding,
+    Runs,
+    findings,
+    verdict,
+)
 from benchmarks.study.plan import Configuration
 from benchmarks.study.runs import PLANS, STUDY
 from benchmarks.study.statistics import paired_interval
@@ -34,11 +43,17 @@ def study_claims(folder: Path = STUDY, plan: Plan | None = None) -> str:
 
 
 def study_consequences(folder: Path = STUDY, plan: Plan | None = None) -> str:
-    """The same of what follows from the papers and is said in none."""
+    """The same of what one may infer from the papers and none says: nothing to reproduce."""
     plan = PLANS["full"]() if plan is None else plan
     rows = [_row(claim, findings(claim, plan, folder)) for claim in CONSEQUENCES]
-    return markdown(["statement", "why", *HEAD], rows)
+    table = markdown(["statement", "why", *HEAD], rows)
+    for verdict_on_a_claim, words in PLAINLY.items():
+        table = table.replace(verdict_on_a_claim, words)
+    return table
 
+
+PLAINLY = {REPRODUCED: "holds", CONTRADICTED: "does not hold"}
+"""Verdict on a claim -> on a statement that nobody made."""
 
 HEAD = ("ours: difference (95 % interval), means, seeds", "verdict", "command")
 

@@ -161,6 +161,18 @@ def test_the_rescue_is_read_from_runs_of_one_aggregation(monkeypatch):
     assert fall[3:] == ["**reproduced**", "`python -m benchmarks.bench_theory`"]
 
 
+def test_what_nobody_claimed_holds_or_does_not(tmp_path, monkeypatch):
+    other = dataclasses.replace(CLAIM, comparisons=(Comparison("accuracy", *CLAIM_TURNED),))
+    monkeypatch.setattr(report_claims, "CONSEQUENCES", (CLAIM, other))
+    better, worse = ({s: x + s / 1000 for s in range(5)} for x in (0.8, 0.6))
+    plan = saved(tmp_path, {"rb": better, "zeropad": worse})
+    first, second = cells(report_claims.study_consequences(tmp_path, plan))
+    assert (first[3], second[3]) == ("**holds**", "**does not hold**")
+
+
+CLAIM_TURNED = (CLAIM.comparisons[0].less, CLAIM.comparisons[0].more)
+
+
 def test_nothing_is_said_of_too_few_seeds(tmp_path):
     plan = saved(
         tmp_path, {"rb": dict.fromkeys(range(4), 0.8), "zeropad": dict.fromkeys(range(4), 0.6)}

@@ -141,6 +141,8 @@ REDUCED: Mapping[str, Callable[[Any], float]] = {
 """A measure of every round -> one of the run."""
 
 LEFT_OUT: Mapping[str, frozenset[str]] = {
+    # Recorded before the measure took in the slots that a client has and does not train.
+    "aggregation_noise": frozenset({"plora", "hafl"}),
     # The base weight takes some of every round, or all of it; the rest is not the whole update.
     "energy_ratio": frozenset({"flora", "fedex", "flexlora, rest folded", "rb, rest folded"}),
 }

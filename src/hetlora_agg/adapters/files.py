@@ -53,7 +53,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     # Unlike its namesake of Path it is False for names that no system takes, too.
     if not os.path.isdir(folder):
         raise InputValueError(
-            f"{folder}: no such folder; expected one with {CONFIG} and {WEIGHTS}, as "
+            f"{str(folder)[:1000]}: no such folder; expected one with {CONFIG} and {WEIGHTS}, as "
             "model.save_pretrained(folder) writes it"
         )
     config = _read_json(folder / CONFIG)
