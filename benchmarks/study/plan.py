@@ -133,14 +133,14 @@ def full() -> Plan:
 
 
 def quick() -> Plan:
-    """A few rounds of every method on the smaller data set, one seed; of the main ones on both;
-    one round of three on text.
+    """A few rounds, one seed: every method on the smaller data set, the main ones on both, and
+    three of them on text.
     """
     short = {data: {**base, "rounds": 5} for data, base in BASE.items()}
     return [
         *_configurations("digits", "quick", sorted({*METHODS} - {"fedit"}), short["digits"], [0]),
         *_configurations("mnist_5k", "quick", MAIN, short["mnist_5k"], [0]),
-        *_texts("vader_corpora", "quick", {**TEXT["vader_corpora"], "rounds": 1}, GLANCE, [0]),
+        *_texts("vader_corpora", "quick", {**TEXT["vader_corpora"], "rounds": 3}, GLANCE, [0]),
     ]
 
 
